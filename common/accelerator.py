@@ -1,0 +1,84 @@
+"""What the machine is: the only file that asks. MoAI Platform, CUDA or ROCm (both are `cuda` to torch), or CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from typing import NamedTuple
+
+import torch
+
+
+class Accelerator(NamedTuple):
+    """The device, its name, the type of its matrix products, and whether every step must have one shape."""
+
+    device: torch.device
+    name: str
+    dtype: torch.dtype  # torch.float32: no mixed precision
+    static_shapes: bool  # MoAI compiles a graph for each shape
+
+    def autocast(self):
+        """Matrix products in `dtype`, everything else and the weights themselves in float32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def gradient_scaler(self):
+        """float16 gradients underflow unless the loss is scaled up (https://arxiv.org/abs/1710.03740)."""
+        enabled = self.dtype == torch.float16
+        if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+            return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        return torch.cuda.amp.GradScaler(enabled=enabled)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished, so that a clock read after this tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def start_accelerator(seed: int) -> Accelerator:
+    """Find the device and make it repeatable: the same seed gives the same losses to the last bit on one machine.
+
+    To be called before the model is built: on MoAI Platform it turns automatic parallelization on.
+    """
+    moai = _moai()
+    if moai is not None:
+        moai.option.enable_advanced_parallelization()
+    # cuBLAS gives the same sums in the same order only with this, set before its first call
+    # (https://docs.pytorch.org/docs/stable/notes/randomness.html)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        if moai is None:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            if hasattr(torch.utils, "deterministic"):
+                torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
+        # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
+        bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
+        name, device = torch.cuda.get_device_name(), torch.device("cuda")
+        accelerator = Accelerator(device, name, torch.bfloat16 if bf16 else torch.float16, moai is not None)
+    else:
+        dtype = torch.bfloat16 if _cpu_has_bf16() else torch.float32
+        name = f"CPU, {torch.get_num_threads()} threads"
+        accelerator = Accelerator(torch.device("cpu"), name, dtype, moai is not None)
+    print(f"Device: {accelerator.name}, {str(accelerator.dtype).replace('torch.', '')}")
+    return accelerator
+
+
+def _moai():
+    try:
+        return importlib.import_module("torch.moreh")  # comes with the platform's own build of torch
+    except ImportError:
+        return None
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX), which is faster than float32 where it does.
+
+    torch tells since 2.4, by names that start with an underscore; an older torch trains in float32 here.
+    """
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        if getattr(getattr(torch, "cpu", None), name, lambda: False)():
+            return True
+    return False

@@ -1,0 +1,132 @@
+"""The options that the scripts share. A script gives its defaults; the spellings of older pages go on working."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The script's docstring as it is written, and each option's default."""
+
+
+def _at_least(least, kind):
+    """An argparse type: a number of `kind` that is `least` or more, one clear line otherwise."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not value >= least:  # NaN fails as well
+            raise argparse.ArgumentTypeError(f"{text} is too small, it must be {least} or more")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+_COUNT, _COUNT_OR_NONE = _at_least(1, int), _at_least(0, int)
+_NUMBER = _at_least(0, float)
+
+
+def download_arguments(description: str, model_name: str, save_dir: str) -> argparse.Namespace:
+    """Options of `download_*`: model_name, save_dir, token, tiny."""
+    parser = _parser(description)
+    parser.add_argument("--model-name", default=model_name, help="the model's id on the hub")
+    parser.add_argument("--save-dir", default=save_dir, help="directory for the model and its tokenizer")
+    parser.add_argument("--token", help="your Hugging Face token, for a gated model (else: login cache, HF_TOKEN)")
+    parser.add_argument("--tiny", action="store_true", help="write a small stand-in with random weights, to rehearse")
+    return parser.parse_args()
+
+
+def prepare_arguments(
+    description: str, model_name_or_path: str, dataset_name_or_path: str, block_size: int, save_path: str
+) -> argparse.Namespace:
+    """Options of `prepare_*`: model_name_or_path, dataset_name_or_path, block_size, save_path."""
+    parser = _parser(description)
+    parser.add_argument("--model-name-or-path", default=model_name_or_path, help="directory with the tokenizer")
+    parser.add_argument(
+        "--dataset-name-or-path",
+        default=dataset_name_or_path,
+        help="hub id, .jsonl/.json/.csv/.parquet file, or folder with train and validation files",
+    )
+    parser.add_argument("--block-size", type=_COUNT, default=block_size, help="tokens of a row at most")
+    parser.add_argument("--save-path", default=save_path, help="the dataset file to write")
+    return parser.parse_args()
+
+
+def train_arguments(
+    description: str,
+    model_name_or_path: str,
+    dataset_name_or_path: str,
+    save_dir: str,
+    batch_size: int,
+    lr: float,
+    log_interval: int,
+    block_size: int = 1024,
+    epochs: int = 1,
+    max_train_steps: int = 0,
+    lr_scheduler: str = "constant",
+    warmup_steps: int = 0,
+    seed: int = 0,
+) -> argparse.Namespace:
+    """Options of `train_*`, named as the parameters; a script gives what differs from one tutorial to the next."""
+    parser = _parser(description)
+    add = parser.add_argument
+    add("--model-name-or-path", default=model_name_or_path, help="directory of the model to fine-tune")
+    add("--dataset-name-or-path", default=dataset_name_or_path, help="dataset file written by prepare_*")
+    add(
+        "--save-dir",
+        "--save-model-dir",
+        "--save-path",
+        "--model-save-path",
+        dest="save_dir",
+        default=save_dir,
+        help="directory for the trained model, its log and its loss picture",
+    )
+    add("--epochs", type=_COUNT, default=epochs, help="times to go through the data")
+    add("--max-train-steps", type=_COUNT_OR_NONE, default=max_train_steps, help="optimizer steps, in place of --epochs")
+    add("--batch-size", type=_COUNT, default=batch_size, help="rows of an optimizer step")
+    add("--micro-batch-tokens", type=_COUNT, default=4096, help="tokens on the device at once; less needs less memory")
+    add("--block-size", type=_COUNT, default=block_size, help="tokens of a row at most")
+    add("--lr", type=_NUMBER, default=lr, help="learning rate")
+    add("--lr-scheduler", choices=["constant", "linear", "cosine"], default=lr_scheduler, help="after the warm-up")
+    add("--warmup-steps", type=_COUNT_OR_NONE, default=warmup_steps, help="steps in which the learning rate rises")
+    add("--weight-decay", type=_NUMBER, default=0.01, help="of matrices; norms and biases have none")
+    add("--max-grad-norm", type=_NUMBER, default=1.0, help="gradients are clipped to this norm; 0: not clipped")
+    add("--train-on-prompt", action="store_true", help="loss on the prompt as well as on the answer")
+    add("--log-interval", type=_COUNT, default=log_interval, help="steps from one log line to the next")
+    add(
+        "--eval-step",
+        type=_COUNT_OR_NONE,
+        default=0,
+        help="steps from one held-out loss to the next; 0: only at the end",
+    )
+    add("--eval-rows", type=_COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
+    add("--seed", type=int, default=seed, help="same seed, same machine: same result")
+    return parser.parse_args()
+
+
+def inference_arguments(description: str, model_name_or_path: str) -> argparse.Namespace:
+    """Options of `inference_*`: model_name_or_path, prompt, max_new_tokens, temperature, seed.
+
+    `prompt` is the reader's text, of --prompt or of --prompt-file, or None: the script then takes its own sample.
+    """
+    parser = _parser(description)
+    add = parser.add_argument
+    add("--model-name-or-path", default=model_name_or_path, help="directory of the trained model, or of the untrained")
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--prompt", help="your own text, put into the format of the training")
+    text.add_argument("--prompt-file", help="a file with your own text")
+    add("--max-new-tokens", type=_COUNT, default=256, help="tokens of the answer at most")
+    add("--temperature", type=_NUMBER, default=0.0, help="0: always the likeliest token (greedy); above: sampled")
+    add("--seed", type=int, default=0, help="for sampling")
+    args = parser.parse_args()
+    if args.prompt_file:
+        try:
+            with open(args.prompt_file, encoding="utf-8") as file:
+                args.prompt = file.read().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--prompt-file {args.prompt_file} can't be read as UTF-8 text: {error}")
+    return args

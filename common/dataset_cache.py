@@ -1,0 +1,148 @@
+"""The dataset file: all rows as one flat tensor of token ids, written by `torch.save`, opened by a bare `torch.load`.
+
+    {"format": "finetuning-dataset", "version": 1, "meta": {...},
+     "train":      {"input_ids": int32 [tokens], "offsets": int64 [rows + 1], "answer_starts": int32 [rows]},
+     "validation": {... the same ...}}
+
+Row i is `input_ids[offsets[i]:offsets[i + 1]]`; its answer begins at `answer_starts[i]` within the row. There are only
+plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens without this
+repository, with `weights_only=True` as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from array import array
+from collections import Counter
+from pathlib import Path
+from typing import Dict, Iterable, Tuple
+
+import torch
+
+from common import UserError
+from common.tokenization import encode_rows, fingerprint
+
+FORMAT = "finetuning-dataset"
+VERSION = 1
+
+
+def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, tokenizer, args) -> None:
+    """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`.
+
+    `source` says in the file where the rows came from (dataset.sources.load_splits gives both).
+
+    Memory stays bounded: token ids go to a scratch file beside the target as they are made. Target and scratch file
+    are renamed or removed together, so nothing half-written is ever left. UserError where "train" has no rows.
+    """
+    from transformers import __version__ as transformers_version
+
+    block_size, path = args.block_size, Path(args.save_path)
+    require_writable_file(path)
+    meta = {
+        "tokenizer": fingerprint(tokenizer),
+        "model": args.model_name_or_path,
+        "dataset": source,
+        "template": template.__name__,
+        "block_size": block_size,
+        "torch": str(torch.__version__),
+        "transformers": transformers_version,
+        "counts": {},
+        "sha256": {},
+    }
+    document = {"format": FORMAT, "version": VERSION, "meta": meta}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        for name, rows in splits.items():
+            counts = Counter({"rows": 0, "tokens": 0, "prompts cut": 0, "answers cut": 0, "dropped": 0})
+            encoded = encode_rows(rows, template, tokenizer, block_size, counts)
+            document[name], digest = _flat(encoded, os.path.join(scratch, name))
+            if name == "train" and not counts["rows"]:
+                raise UserError(
+                    f"The dataset {source} has no rows with an answer. Give another --dataset-name-or-path."
+                )
+            meta["counts"][name] = dict(counts)
+            meta["sha256"][name] = digest
+            print(
+                f"{name}: {counts['rows']} rows, {counts['tokens']} tokens; {counts['prompts cut']} prompts cut, "
+                f"{counts['answers cut']} answers cut, {counts['dropped']} rows without an answer dropped"
+            )
+        print("Saving dataset into torch format...")
+        temporary = os.path.join(scratch, "dataset.pt")
+        with open(temporary, "wb") as file:
+            torch.save(document, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    print(f"Dataset saved as {args.save_path}")
+
+
+def _flat(rows: Iterable[Tuple[list, int]], scratch_file: str) -> Tuple[Dict[str, torch.Tensor], str]:
+    """The tensors of one split, and the SHA-256 of its token ids."""
+    offsets, answer_starts, digest = array("q", [0]), array("i"), hashlib.sha256()
+    with open(scratch_file, "wb") as file:
+        for ids, answer_start in rows:
+            packed = array("i", ids).tobytes()
+            file.write(packed)
+            digest.update(packed)
+            offsets.append(offsets[-1] + len(ids))
+            answer_starts.append(answer_start)
+    if len(answer_starts) == 0:
+        input_ids = torch.zeros(0, dtype=torch.int32)
+    else:  # mapped, not read: the ids go from the scratch file to the dataset file without being in memory at once
+        input_ids = torch.from_file(scratch_file, shared=False, size=offsets[-1], dtype=torch.int32)
+    split = {
+        "input_ids": input_ids,
+        "offsets": torch.tensor(offsets, dtype=torch.int64),
+        "answer_starts": torch.tensor(answer_starts, dtype=torch.int32),
+    }
+    return split, digest.hexdigest()
+
+
+def require_writable_file(path: Path) -> None:
+    """UserError, before any work is done, where no file can be written at `path`."""
+    if path.is_dir():
+        raise UserError(
+            f"{path} is a directory, so no dataset file can be saved under that name. Give another --save-path."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise UserError(
+            f"{path.parent} is not a directory, so {path.name} can't be saved in it. Give another --save-path."
+        ) from None
+
+
+def load_dataset(path: str, tokenizer, block_size: int, hint: str = "") -> dict:
+    """The dataset file at `path`, checked. UserError where training on it would fail, or would teach nonsense."""
+    if not os.path.isfile(path):
+        raise UserError(f"There is no dataset file {path}. {hint or 'Give it with --dataset-name-or-path.'}")
+    again = f"Prepare it again. {hint}".strip()
+    try:
+        try:
+            # mapped where torch can (2.1 and newer): only the rows that are used are read
+            document = torch.load(path, mmap=True, weights_only=True)
+        except TypeError:
+            document = torch.load(path, weights_only=True)
+    except Exception:  # a cut or foreign file fails in many ways, of many types, and all mean the same
+        raise UserError(f"{path} is cut short, or is not a dataset file of these tutorials. {again}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UserError(f"{path} is not a dataset file of these tutorials. {again}")
+    if document.get("version") != VERSION:
+        raise UserError(f"{path} has format version {document.get('version')}, these scripts read {VERSION}. {again}")
+    meta = document["meta"]
+    if meta["tokenizer"] != fingerprint(tokenizer):
+        raise UserError(
+            f"{path} was made with another tokenizer (that of {meta['model']}), so its ids mean other text. {again}"
+        )
+    if meta["block_size"] > block_size:
+        raise UserError(
+            f"{path} has rows of up to {meta['block_size']} tokens, more than --block-size {block_size}. "
+            f"Train with --block-size {meta['block_size']}, or prepare it again with --block-size {block_size}."
+        )
+    for name in ("train", "validation"):
+        split = document[name]
+        rows = len(split["answer_starts"])
+        if len(split["offsets"]) != rows + 1 or int(split["offsets"][-1]) != len(split["input_ids"]):
+            raise UserError(f"{path} is cut short: its {name} rows don't fit its tokens. {again}")
+    return document

@@ -1,0 +1,166 @@
+"""From a row of text to token ids: prompt, answer, end of sequence, and what is cut when a row is too long."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+
+from common import UserError
+
+ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
+
+
+class Example(NamedTuple):
+    """A prompt in pieces and its answer, both text. The pieces at odd places may be cut, the others are the frame."""
+
+    prompt: List[str]
+    answer: Optional[str]
+
+
+def load_tokenizer(model_dir: str, hint: str = ""):
+    """The tokenizer of a model directory (or of a hub id). UserError, ending in `hint`, where there is none."""
+    from transformers import AutoTokenizer
+
+    require_model_directory(model_dir, hint)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
+    return tokenizer
+
+
+def require_model_directory(model_dir: str, hint: str = "") -> None:
+    """UserError unless `model_dir` is a directory, or looks like a hub id (`owner/name`) and no such path exists."""
+    path = Path(model_dir)
+    hub_id = model_dir.count("/") == 1 and not model_dir.startswith((".", "/", "~")) and not model_dir.endswith("/")
+    if path.is_dir() or (hub_id and not path.exists() and not path.parent.is_dir()):
+        return
+    what = "is a file, not a model directory" if path.exists() else "does not exist"
+    raise UserError(f"The model directory {model_dir} {what}. {hint or 'Give it with --model-name-or-path.'}")
+
+
+def fingerprint(tokenizer) -> str:
+    """A short hash of all that decides the ids of a text: 16 hex digits, the same in every version of the libraries."""
+    probe = "Hello, world!  다람쥐 헌 쳇바퀴에 타고파.\n\tdef f(x):\n\t\treturn x != 1e-5  # naïve 👍"
+    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer(probe)["input_ids"]]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
+    """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
+    return _encode(tokenizer, [example._replace(answer="")], limit + 1, Counter())[0][0][:-1]  # less the end token
+
+
+def encode_rows(
+    rows: Iterable[dict],
+    template: Callable[[dict], Example],
+    tokenizer,
+    block_size: int,
+    counts: Counter,
+) -> Iterator[Tuple[List[int], int]]:
+    """Yield (token ids, index of the answer's first token) for each row that has an answer.
+
+    The ids are: bos as the tokenizer adds it, prompt, answer, the tokenizer's own end id; `block_size` at most. Prompt
+    and answer are tokenized apart, so that no token spans the two and the prompt has the same ids as in a question.
+    `counts` grows by rows, dropped, prompts cut, answers cut, tokens. Raises UserError where a row lacks a column.
+    """
+    rows = iter(rows)
+    while True:
+        chunk = list(islice(rows, ROWS_AT_ONCE))
+        if not chunk:
+            return
+        examples = [_apply(template, row) for row in chunk]
+        answered = [example for example in examples if example.answer and example.answer.strip()]
+        counts["dropped"] += len(examples) - len(answered)
+        if answered:
+            for ids, answer_start in _encode(tokenizer, answered, block_size, counts):
+                counts["rows"] += 1
+                counts["tokens"] += len(ids)
+                yield ids, answer_start
+
+
+def _apply(template, row: dict) -> Example:
+    try:
+        example = template(row)
+    except KeyError as error:
+        have = ", ".join(map(str, row)) or "none"
+        raise UserError(
+            f"The dataset has no column {error}; it has: {have}. Rename yours, or change the template."
+        ) from None
+    # an empty cell of a .csv or .parquet file is None
+    return Example([_text(piece) for piece in example.prompt], _text(example.answer))
+
+
+def _text(value) -> str:
+    return "" if value is None else str(value)
+
+
+def _encode(tokenizer, examples: List[Example], block_size: int, counts: Counter) -> List[Tuple[List[int], int]]:
+    prompts = _ids(tokenizer, ["".join(example.prompt) for example in examples], add_special_tokens=True)
+    answers = _ids(tokenizer, [example.answer for example in examples], add_special_tokens=False)
+    encoded = []
+    for example, prompt, answer in zip(examples, prompts, answers):
+        if len(prompt) + len(answer) + 1 > block_size:
+            counts["prompts cut"] += 1
+            prompt = _cut_prompt(tokenizer, example.prompt, block_size - len(answer) - 1)
+            room = block_size - len(prompt) - 1
+            if room < 1 and answer:
+                raise UserError(
+                    f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
+                    f"{len(prompt)}. Take a larger --block-size."
+                )
+            if len(answer) > room:
+                counts["answers cut"] += 1
+                answer = answer[:room]
+        encoded.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
+    return encoded
+
+
+def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
+    """The ids of the prompt with its last cuttable piece cut at its end, then the one before it, until they fit.
+
+    The text is cut, not the ids, and tokenized again: so every prompt is the tokens of some text. Returns the ids of
+    the bare frame where even that exceeds `limit`.
+    """
+    pieces = list(pieces)
+    for place in reversed(range(1, len(pieces), 2)):
+        while True:
+            encoding = tokenizer("".join(pieces), return_offsets_mapping=True, verbose=False)
+            ids = _without_end(tokenizer, encoding["input_ids"])
+            if len(ids) <= limit:
+                return ids
+            if not pieces[place]:
+                break
+            start = sum(map(len, pieces[:place]))
+            stop = start + len(pieces[place])
+            # by their begins alone: in tokenizers before 0.20.1 a whole word of Llama3 ends where it begins
+            begins = [begin - start for begin, _ in encoding["offset_mapping"] if start <= begin < stop]
+            excess = len(ids) - limit
+            cut_at = begins[-excess] if excess < len(begins) else 0
+            pieces[place] = pieces[place][: min(cut_at, len(pieces[place]) - 1)]
+    return ids
+
+
+def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int]]:
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=add_special_tokens,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    return [_without_end(tokenizer, ids) if add_special_tokens else ids for ids in encoding["input_ids"]]
+
+
+def _without_end(tokenizer, ids: List[int]) -> List[int]:
+    """Some tokenizers add their end token to every text; a prompt goes on with its answer instead."""
+    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

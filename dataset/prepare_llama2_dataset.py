@@ -1,0 +1,43 @@
+"""Prepare CNN/Daily Mail (news articles and their highlights) for Llama2 13B.
+
+    python dataset/prepare_llama2_dataset.py
+    python dataset/prepare_llama2_dataset.py --dataset-name-or-path dataset/samples/cnn_dailymail
+
+Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
+dataset/templates.py: summarization(), or a folder with a train and a validation file of that kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
+
+from common.arguments import prepare_arguments
+from common.dataset_cache import prepare_dataset
+from common.tokenization import load_tokenizer
+from dataset.sources import load_splits
+from dataset.templates import summarization
+
+
+def main():
+    args = prepare_arguments(
+        __doc__,
+        model_name_or_path="./llama-2-13b-hf",
+        dataset_name_or_path="abisee/cnn_dailymail",
+        block_size=1024,
+        save_path="./llama2_dataset.pt",
+    )
+    print("Loading Tokenizer...")
+    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_llama2_13b.py first.")
+
+    print("Downloading dataset...")
+    splits, source = load_splits(args.dataset_name_or_path)
+
+    print("Preprocessing dataset...")
+    prepare_dataset(splits, source, summarization, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Prepare Korean safe conversation (instructions and their answers) for Llama 3.1 8B.
+
+    python dataset/prepare_llama3_1_dataset.py
+    python dataset/prepare_llama3_1_dataset.py --dataset-name-or-path dataset/samples/korean_safe_conversation
+
+Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
+dataset/templates.py: korean_alpaca(), or a folder with a train and a validation file of that kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
+
+from common.arguments import prepare_arguments
+from common.dataset_cache import prepare_dataset
+from common.tokenization import load_tokenizer
+from dataset.sources import load_splits
+from dataset.templates import korean_alpaca
+
+
+def main():
+    args = prepare_arguments(
+        __doc__,
+        model_name_or_path="./llama3.1-8b",
+        dataset_name_or_path="jojo0217/korean_safe_conversation",
+        block_size=2048,
+        save_path="./llama3_1_dataset.pt",
+    )
+    print("Loading Tokenizer...")
+    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_llama3_1_8b.py first.")
+
+    print("Downloading dataset...")
+    splits, source = load_splits(args.dataset_name_or_path)
+
+    print("Preprocessing dataset...")
+    prepare_dataset(splits, source, korean_alpaca, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

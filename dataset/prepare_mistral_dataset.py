@@ -1,0 +1,43 @@
+"""Prepare Python code instructions 18k (tasks and their code) for Mistral 7B.
+
+    python dataset/prepare_mistral_dataset.py
+    python dataset/prepare_mistral_dataset.py --dataset-name-or-path dataset/samples/python_code_instructions_18k_alpaca
+
+Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
+dataset/templates.py: alpaca(), or a folder with a train and a validation file of that kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
+
+from common.arguments import prepare_arguments
+from common.dataset_cache import prepare_dataset
+from common.tokenization import load_tokenizer
+from dataset.sources import load_splits
+from dataset.templates import alpaca
+
+
+def main():
+    args = prepare_arguments(
+        __doc__,
+        model_name_or_path="./mistral-7b",
+        dataset_name_or_path="iamtarun/python_code_instructions_18k_alpaca",
+        block_size=1024,
+        save_path="./mistral_dataset.pt",
+    )
+    print("Loading Tokenizer...")
+    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_mistral_7b.py first.")
+
+    print("Downloading dataset...")
+    splits, source = load_splits(args.dataset_name_or_path)
+
+    print("Preprocessing dataset...")
+    prepare_dataset(splits, source, alpaca, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

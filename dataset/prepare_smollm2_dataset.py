@@ -1,0 +1,43 @@
+"""Prepare the functions of Python's standard library (docstrings and their code) for SmolLM2 135M.
+
+    python dataset/prepare_smollm2_dataset.py
+    python dataset/prepare_smollm2_dataset.py --dataset-name-or-path dataset/samples/python_code_instructions_18k_alpaca
+
+Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
+dataset/templates.py: alpaca(), or a folder with a train and a validation file of that kind.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
+
+from common.arguments import prepare_arguments
+from common.dataset_cache import prepare_dataset
+from common.tokenization import load_tokenizer
+from dataset.sources import load_splits
+from dataset.templates import alpaca
+
+
+def main():
+    args = prepare_arguments(
+        __doc__,
+        model_name_or_path="./smollm2-135m",
+        dataset_name_or_path="standard-library",
+        block_size=512,
+        save_path="./smollm2_dataset.pt",
+    )
+    print("Loading Tokenizer...")
+    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_smollm2.py first.")
+
+    print("Downloading dataset...")
+    splits, source = load_splits(args.dataset_name_or_path)
+
+    print("Preprocessing dataset...")
+    prepare_dataset(splits, source, alpaca, tokenizer, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Asking a model: the prompt in the format of its training, the answer written to the terminal as it is made."""
+
+from __future__ import annotations
+
+import torch
+from transformers import TextStreamer
+
+from common.tokenization import Example, encode_prompt
+
+
+@torch.no_grad()
+def stream_answer(model, tokenizer, example: Example, args) -> str:
+    """Print the prompt of `example` and the model's answer, token by token, until the end token; return the answer.
+
+    Greedy where `args.temperature` is 0, sampled otherwise. A prompt that leaves no room for `args.max_new_tokens`
+    within the model's positions is cut as in training.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or 2048
+    room = max(1, positions - args.max_new_tokens)
+    prompt = torch.tensor([encode_prompt(tokenizer, example, room)], device=model.device)
+    print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
+    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    model.eval()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
+    )[0, prompt.shape[1] :]
+    if output[-1] != tokenizer.eos_token_id:
+        print(f"(cut after --max-new-tokens {args.max_new_tokens}: the answer has not ended by itself)")
+    return tokenizer.decode(output, skip_special_tokens=True)

@@ -1,0 +1,132 @@
+"""The loss of a causal language model, without ever holding the vocabulary-sized logits of a whole batch."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.batching import IGNORED
+
+# float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
+CHUNK_ELEMENTS = {"cpu": 2**24}
+CHUNK_ELEMENTS_ELSEWHERE = 2**27
+
+
+class CausalLMLoss(nn.Module):
+    """Any causal language model of transformers, with its loss: one module, one forward.
+
+    forward(input_ids int64 [rows, length], labels int64 [rows, length], attention_mask or None) returns the *sum* of
+    the cross entropy over the label positions, float32 []. Divided by the label tokens of a whole batch and added up
+    over its micro-batches, it is the loss of the one padded batch.
+
+    Where the output layer is a plain matrix product, only positions with a label go through it, a chunk at a time.
+    Where the model does more to its logits (scaling: Granite, Cohere; soft cap: Gemma 2), and with `static_shapes`,
+    where picking positions would make a new shape each step, the model's own forward makes the logits.
+    """
+
+    def __init__(self, model: nn.Module, static_shapes: bool = False):
+        super().__init__()
+        self.model = model
+        self.own_head = static_shapes or not has_plain_head(model)
+
+    def forward(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
+    ) -> torch.Tensor:
+        targets = labels[:, 1:]  # the hidden state of a position predicts the next token
+        if self.own_head:
+            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            return F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        chosen = targets != IGNORED
+        head = self.model.get_output_embeddings()
+        return _ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], head.weight, head.bias, targets[chosen])
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropy of `hidden @ weight.T + bias`, its gradients made in the forward pass.
+
+    hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions].
+    While a chunk's logits are there, its gradients cost two matrix products, and nothing has to be kept or computed
+    again: the idea of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), in plain torch.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros_like(bias) if need_bias else None
+        # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
+        dtype = F.linear(hidden[:1], weight[:1]).dtype
+        product_weight = weight.to(dtype)
+        rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
+        for start in range(0, len(hidden), rows):
+            part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
+            logits = F.linear(part, product_weight).float()
+            if bias is not None:
+                logits += bias
+            rows_of_chunk = torch.arange(len(target), device=target.device)
+            log_sum = logits.logsumexp(dim=1, keepdim=True)
+            total += (log_sum[:, 0] - logits[rows_of_chunk, target]).sum()
+            if not (need_hidden or need_weight or need_bias):
+                continue
+            # d loss / d logits = softmax - one-hot; it takes the place of the logits
+            grad = logits.sub_(log_sum).exp_()
+            grad[rows_of_chunk, target] -= 1
+            if need_bias:
+                grad_bias += grad.sum(0)
+            grad = grad.to(dtype)
+            if need_hidden:
+                grad_hidden[start : start + rows] = grad @ product_weight
+            if need_weight:
+                grad_weight += grad.t() @ part
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return tuple(None if grad is None else grad * grad_output for grad in ctx.saved_tensors) + (None,)
+
+
+def has_plain_head(model: nn.Module) -> bool:
+    """Whether the model's logits are the product of its last hidden state and its output layer, and nothing more.
+
+    Asked of the model itself, in one forward pass over three tokens: what goes into the output layer must be what the
+    base model returns, and what comes out must be the logits. For the question the output is made a thousand times
+    larger, so that a soft cap shows even where an untrained model's logits are small.
+    """
+    head = model.get_output_embeddings()
+    base = getattr(model, "base_model", model)
+    if type(head) is not nn.Linear or base is model:
+        return False
+    seen = {}
+
+    def after_base(module, inputs, output):
+        seen["base"] = output[0]
+
+    def after_head(module, inputs, output):
+        seen["head_in"], seen["head_out"] = inputs[0], output * 1000
+        return seen["head_out"]
+
+    hooks = [base.register_forward_hook(after_base), head.register_forward_hook(after_head)]
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return (
+        "head_in" in seen
+        and torch.equal(seen["base"], seen["head_in"])
+        and torch.equal(logits, seen["head_out"].to(logits.dtype))
+    )

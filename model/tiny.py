@@ -1,0 +1,232 @@
+"""A stand-in of about 1 MB for each tutorial's model: every command runs on a laptop, offline, in seconds.
+
+`write_tiny("llama3", "./llama3-8b")` writes what the download would: the same architecture class, files and tokenizer
+conventions (which tokens begin and end a text, whether there is a pad token, which text has id 0), with random weights
+and a tokenizer trained on the rows in dataset/samples. A mistake then shows here as it would with the real model:
+whoever pads Llama3 with id 0 hides every `!`, here as there.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from common import UserError
+
+SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
+VOCABULARY = 1600  # tokens, as far as the samples give so many; Llama3's and GPT's special ones come on top
+REAL_WEIGHTS = 50 * 2**20  # bytes; no stand-in has a file of that size
+
+# config.json with the names of the hub's files: every transformers reads them, while the file that 5.x saves has new
+# names (`rope_parameters`), which older ones pass over. Widths and depths are ours, everything else is the real
+# model's, the dtype too: transformers 5 loads what is stored, so a script that forgets to ask for fp32 gets bf16 here.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 224,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LLAMA3_1_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+CONFIGS = {
+    "llama2": {**LLAMA, "num_key_value_heads": 4, "max_position_embeddings": 4096, "torch_dtype": "float16"},
+    "mistral": {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+                "max_position_embeddings": 32768, "sliding_window": 4096},
+    "llama3": {**LLAMA, "rope_theta": 500000.0, "max_position_embeddings": 8192},
+    "llama3_1": {**LLAMA, "rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": LLAMA3_1_ROPE},
+    "gpt": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_inner": 256, "n_layer": 2,
+            "n_head": 4, "n_positions": 2048, "activation_function": "gelu", "attn_pdrop": 0.0, "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0, "torch_dtype": "float32"},
+    "smollm2": {**LLAMA, "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+                "torch_dtype": "float32"},
+}  # fmt: skip
+
+# tokenizer_config.json with the class that the hub's names, because a class has habits of its own (the padding side).
+SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+                 "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
+LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
+          "eos_token": "<|end_of_text|>"}  # fmt: skip
+TOKENIZERS = {
+    "llama2": SENTENCEPIECE,
+    "mistral": SENTENCEPIECE,
+    "llama3": LLAMA3,
+    "llama3_1": LLAMA3,
+    "gpt": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+            "unk_token": "<|endoftext|>", "add_prefix_space": False},
+    "smollm2": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
+                "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
+}  # fmt: skip
+
+# The special tokens in the order of their ids: before the others in SmolLM2 (and SentencePiece), behind them elsewhere.
+RESERVED = [f"<|reserved_special_token_{number}|>" for number in range(5)]
+HEADER = ["<|start_header_id|>", "<|end_header_id|>"]
+SPECIALS = {
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], *HEADER, RESERVED[4], "<|eot_id|>"],
+    "llama3_1": ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:2], "<|finetune_right_pad_id|>", RESERVED[2],
+                 *HEADER, "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"],
+    "gpt": ["<|endoftext|>"],
+    "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+}  # fmt: skip
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
+    """Write the stand-in for `kind`, a key of CONFIGS, to `save_dir`: whole or not at all.
+
+    The same seed and samples give the same files. In a directory that exists, the files of these names are replaced and
+    all others stay; one that holds a real model is refused.
+    """
+    settings, target = dict(CONFIGS[kind]), Path(save_dir).resolve()
+    _refuse_what_is_not_ours(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # inside or beside the target, so that the renaming stays on one disk; `with` removes it after Ctrl-C as well
+        scratch = tempfile.TemporaryDirectory(prefix=".tiny-", dir=target if target.exists() else target.parent)
+    except OSError as error:
+        raise UserError(f"cannot write to {target}: {error.strerror}. Choose another --save-dir.") from error
+    with scratch:
+        folder = Path(scratch.name) / "model"
+        folder.mkdir()  # with the usual permissions; the scratch directory is its owner's alone
+        tokenizer = _sentencepiece(folder) if TOKENIZERS[kind] is SENTENCEPIECE else _byte_level(kind)
+        _save_tokenizer(tokenizer, TOKENIZERS[kind], folder)
+        settings["vocab_size"] = tokenizer.get_vocab_size()
+        names = [name for name in ("bos_token", "eos_token", "pad_token") if name in TOKENIZERS[kind]]
+        settings.update({f"{name}_id": tokenizer.token_to_id(TOKENIZERS[kind][name]) for name in names})
+        _save_model(settings, folder, seed)
+        if not target.exists():
+            os.replace(folder, target)
+            return
+        # config.json goes first and comes back last: without it, a mixture of two models does not load
+        for name in ("config.json", "tokenizer.model"):
+            if (target / name).exists():
+                (target / name).unlink()
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            os.replace(file, target / file.name)
+
+
+def _refuse_what_is_not_ours(target):
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file, and a model needs a directory. Choose another --save-dir.")
+    for file in target.rglob("*"):  # all the way down: a download under way is kept in .cache, as *.incomplete
+        weights = file.suffix in (".safetensors", ".bin", ".pth", ".gguf", ".incomplete") and file.is_file()
+        if weights and file.stat().st_size > REAL_WEIGHTS:
+            raise UserError(
+                f"{target} holds a real model ({file.name}, {file.stat().st_size / 1e9:.2f} GB), and a stand-in must "
+                "not overwrite it. Choose another --save-dir, or delete that directory first."
+            )
+
+
+def _texts():
+    """Every text of every sample row, in an order that is the same on every machine."""
+    files = sorted(SAMPLES.glob("*/train.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.open(encoding="utf-8") if line.strip()]
+    texts = [value for row in rows for value in row.values() if isinstance(value, str)]
+    if not any(texts):
+        raise UserError(f"no rows in {SAMPLES}/*/train.jsonl to train a tokenizer on. Clone the repository again.")
+    return texts
+
+
+def _sentencepiece(folder):
+    """Train tokenizer.model with Llama2's settings, and return the equivalent tokenizer for tokenizer.json."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(  # coverage: the rarest characters become bytes, as most Hangul in Llama2
+        sentence_iterator=(line for text in _texts() for line in text.splitlines()), model_writer=model,
+        model_type="bpe", vocab_size=VOCABULARY, hard_vocab_limit=False, byte_fallback=True, character_coverage=0.99,
+        split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, max_sentence_length=2**20, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    # SentencePiece joins the two neighbours that make the piece of the lowest id. So the merges are all the ways to
+    # halve a piece, in the order of the pieces; <unk>, <s>, </s> and the 256 bytes are never made of anything.
+    normal = {piece: index for piece, index in vocabulary.items() if index >= 3 + 256}
+    merges = []
+    for piece in normal:
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        halves = [(left, right) for left, right in halves if left in normal and right in normal]
+        merges += sorted(halves, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = _begin_with(tokenizer, "<s>")
+    return tokenizer
+
+
+def _byte_level(kind):
+    """Train the byte-level BPE of Llama3, GPT-2 or SmolLM2. Its bytes begin with `!`, id 0 in the first two."""
+    llama3, specials = kind.startswith("llama3"), SPECIALS[kind]
+    tokenizer = Tokenizer(models.BPE(ignore_merges=llama3))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
+    if llama3:
+        words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, tokenizer.pre_tokenizer])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=specials if kind == "smollm2" else [],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(_texts(), trainer)
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    if llama3:
+        begin = _begin_with(tokenizer, specials[0])
+        tokenizer.post_processor = processors.Sequence([tokenizer.post_processor, begin])
+    return tokenizer
+
+
+def _begin_with(tokenizer, bos):
+    ids = [(bos, tokenizer.token_to_id(bos))]
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=ids)
+
+
+def _save_tokenizer(tokenizer, settings, folder):
+    content = json.loads(tokenizer.to_str())
+    model, added = content["model"], content["added_tokens"]
+    # each merge as one text, as in the hub's files: tokenizers before 0.20 cannot read pairs
+    model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if settings["tokenizer_class"] == "GPT2Tokenizer":  # counts its special token as an ordinary one, Llama3 does not
+        model["vocab"].update({token["content"]: token["id"] for token in added})
+    specials = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}
+    settings = {**settings, "added_tokens_decoder": specials, "model_input_names": ["input_ids", "attention_mask"]}
+    _save_json(content, folder / "tokenizer.json")
+    _save_json({**settings, "clean_up_tokenization_spaces": False}, folder / "tokenizer_config.json")
+
+
+def _save_model(settings, folder, seed):
+    # transformers reads the settings from a file because it changes the dict that it is given; without the dtype,
+    # because the random numbers are drawn in fp32, which every torch can
+    _save_json({key: value for key, value in settings.items() if key != "torch_dtype"}, folder / "config.json")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except ValueError as error:  # the rope_scaling of Llama 3.1 in transformers 4.42 or older
+        raise UserError(
+            f"transformers {transformers.__version__} is too old for this model, the real one included: "
+            "pip install -U 'transformers>=4.43'."
+        ) from error
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, settings["torch_dtype"])).save_pretrained(folder)
+    # these two again in our words, so that no library version stands in them
+    _save_json(settings, folder / "config.json")
+    _save_json({k: v for k, v in settings.items() if k.endswith("_token_id")}, folder / "generation_config.json")
+
+
+def _save_json(content, path):
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

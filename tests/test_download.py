@@ -1,0 +1,568 @@
+"""common/download.py against a hub on 127.0.0.1: the real client library, real HTTP, real files."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+
+from common import UserError
+from common.download import check_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = (
+    f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
+    "from common.download import download_model; download_model(*sys.argv[1:])"
+)
+TOKEN, OTHER = "hf_of_an_account_with_the_licence", "hf_of_an_account_without"
+REPO, GATED = "org/model", "org/gated"
+
+
+def safetensors(**sizes):
+    """A valid safetensors file with one tensor of so many bytes for each name."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + os.urandom(end)
+
+
+def torch_bin(size=2000):
+    """A file as torch.save writes it since torch 1.6, without torch."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+        archive.writestr("archive/data/0", os.urandom(size))
+    return buffer.getvalue()
+
+
+def index(**shard_of_tensor):
+    return json.dumps({"metadata": {}, "weight_map": shard_of_tensor}).encode()
+
+
+SHARDS = {
+    "model-00001-of-00002.safetensors": safetensors(a=3000, b=10),
+    "model-00002-of-00002.safetensors": safetensors(c=2000),
+    "model.safetensors.index.json": index(
+        a="model-00001-of-00002.safetensors", b="model-00001-of-00002.safetensors", c="model-00002-of-00002.safetensors"
+    ),
+}
+BINS = {
+    "pytorch_model-00001-of-00002.bin": torch_bin(),
+    "pytorch_model-00002-of-00002.bin": torch_bin(),
+    "pytorch_model.bin.index.json": index(a="pytorch_model-00001-of-00002.bin", b="pytorch_model-00002-of-00002.bin"),
+}
+SMALL = {
+    name: name.encode() * 9
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    + ("vocab[1].txt", "merges.txt", "chat_template.jinja", "modeling_own.py", "README.md", "USE_POLICY.md", "LICENSE")
+}
+TWINS = {
+    name: b"x" * 50_000
+    for name in ("consolidated.safetensors", "consolidated.00.pth", "model.pt", "flax_model.msgpack", "tf_model.h5")
+    + ("model.onnx", "model.Q4_0.gguf", "rust_model.ot", "training_args.bin", "tf_model.h5.index.json")
+    + ("original/consolidated.00.pth", "original/params.json", "original/tokenizer.model", "onnx/model.safetensors")
+    + ("vocab1.txt.bak", ".gitattributes")
+}
+MODEL = dict(SMALL, **SHARDS)
+
+
+def environment(hub, home, **env):
+    """The variables for a program that is to ask `hub` (a HubServer or an address), without the tester's own."""
+    kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING", k) and not k.lower().endswith("_proxy")}
+    return dict(kept, HF_ENDPOINT=getattr(hub, "url", hub), HF_HOME=str(home), **env)
+
+
+@pytest.fixture
+def download(tmp_path):
+    """A function that runs `download_model` as a script would, in a process of its own (Popen: and does not wait)."""
+
+    def run(hub, repo, save_dir, token=None, before=(), start=subprocess.run, **env):
+        args = [repo, str(save_dir)] + ([token] if token else [])
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True}
+        env = environment(hub, tmp_path / "hf_home", **env)
+        return start([*before, sys.executable, "-c", PROGRAM, *args], env=env, cwd=str(tmp_path), **pipes)
+
+    return run
+
+
+def files_in(directory):
+    """The files of a model directory, without the library's records."""
+    paths = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    return {str(path) for path in paths if path.parts[0][0] != "."}
+
+
+def error_of(run, clean=True):
+    """The reader's one line. clean: nothing else may be on the screen (no progress bar has started yet)."""
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, run.stderr
+    if clean:
+        assert run.stderr == lines[0] + "\n"
+        assert run.stdout == ""
+    return lines[0]
+
+
+# ------------------------------------------------------------------------------------------- which files, from where
+
+
+def test_the_safetensors_and_the_small_files_come_once(download, tmp_path):
+    with HubServer({REPO: dict(TWINS, **BINS, **MODEL)}, gated={REPO: TOKEN}) as hub:
+        run = download(hub, REPO, "./dir", TOKEN)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout == f"Downloading {REPO} (0.0 GB) to ./dir...\nModel saved in ./dir\n"
+        assert f"Fetching {len(MODEL)} files" in run.stderr  # the library's progress bar
+        assert hub.downloaded() == files_in(tmp_path / "dir") == set(MODEL)
+        assert all((tmp_path / "dir" / name).read_bytes() == data for name, data in MODEL.items())
+        assert all(hub.served(name) == len(data) for name, data in MODEL.items())
+        on_cdn = [request for request in hub.requests if request.path.startswith("/cdn/")]
+        assert on_cdn and not any(request.token for request in on_cdn)  # the token stays with the hub
+
+        hub.requests.clear()  # a second run
+        run = download(hub, REPO, "./dir", TOKEN, HF_HUB_DISABLE_PROGRESS_BARS="1")
+        assert run.returncode == 0 and run.stdout.endswith("Model saved in ./dir\n")
+        assert run.stderr == ""
+        assert hub.downloaded() == set()
+
+
+def test_pytorch_weights_where_there_are_no_others(download, tmp_path):
+    with HubServer({REPO: dict(TWINS, **SMALL, **BINS)}) as hub:
+        run = download(hub, REPO, tmp_path / "a" / "b")
+        assert run.returncode == 0, run.stderr
+        assert hub.downloaded() == files_in(tmp_path / "a" / "b") == set(SMALL) | set(BINS)
+
+
+def test_one_file_of_weights_goes_before_its_own_shards(download, tmp_path):
+    single = {"config.json": b"{}", "model.safetensors": safetensors(a=10)}
+    with HubServer({REPO: dict(SHARDS, **single)}) as hub:
+        assert download(hub, REPO, "dir").returncode == 0
+        assert hub.downloaded() - {"model.safetensors.index.json"} == set(single)
+
+
+@pytest.mark.parametrize("source", ["--token", "HF_TOKEN", "login"])
+def test_each_way_to_give_a_token(download, tmp_path, source):
+    (tmp_path / "hf_home").mkdir()
+    (tmp_path / "hf_home" / "token").write_text((TOKEN if source == "login" else "hf_old") + "\n")
+    env = {"--token": {"HF_TOKEN": "hf_old"}, "HF_TOKEN": {"HF_TOKEN": TOKEN}, "login": {}}[source]
+    with HubServer({GATED: MODEL}, gated={GATED: TOKEN}) as hub:
+        run = download(hub, GATED, "dir", f" {TOKEN}\n" if source == "--token" else None, **env)
+        assert run.returncode == 0, run.stderr
+        assert files_in(tmp_path / "dir") == set(MODEL)
+
+
+# ------------------------------------------------------------------------------------------------ refusals of the hub
+
+PAGE, TOKENS_PAGE = f"https://huggingface.co/{GATED}", "https://huggingface.co/settings/tokens"
+REFUSALS = {
+    "gated, no token": (GATED, None, {}, [GATED, "no token", PAGE, TOKENS_PAGE, "--token"]),
+    "gated, no token, hidden list": (GATED, None, {"gated_list": True}, ["no token", PAGE, TOKENS_PAGE, "--token"]),
+    "gated, invalid token": (GATED, "hf_wrong", {}, ["does not know the token", TOKENS_PAGE, "--token"]),
+    "public, invalid token": (REPO, "hf_wrong", {}, ["does not know the token", TOKENS_PAGE, "--token"]),
+    "licence not accepted": (GATED, OTHER, {}, [f"may not download {GATED}", "accept the licence", PAGE]),
+    "licence not accepted, hidden list": (GATED, OTHER, {"gated_list": True}, [f"may not download {GATED}", PAGE]),
+    "no such model": ("org/modle", None, {}, ["no model org/modle", "private and there is no token", "--model-name"]),
+    "no such model, token": ("org/modle", OTHER, {}, ["no model org/modle", "private:", "--model-name"]),
+    "not a name": ("./llama 2", None, {}, ["'./llama 2' is not a name", "owner/name"]),
+    "not a token": (GATED, "<사용자 토큰>", {}, ["--token is not an access token", TOKENS_PAGE]),
+    "no weights": ("org/gguf", None, {}, ["org/gguf has no weights", "choose another model"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_refusal_is_one_line_and_leaves_nothing(download, tmp_path, case):
+    repo, token, options, words = REFUSALS[case]
+    repos = {GATED: MODEL, REPO: MODEL, "org/gguf": {"config.json": b"{}", "model.gguf": b"x"}}
+    with HubServer(repos, gated={GATED: TOKEN}, tokens=[OTHER], **options) as hub:
+        error = error_of(download(hub, repo, "new/dir", token))
+        assert all(word in error for word in words), error
+        assert token is None or token not in error
+        assert hub.downloaded() == set()
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("case", ["refused", "unknown host", "silent", "offline", "ill"])
+def test_a_hub_that_cannot_be_reached(download, tmp_path, case):
+    with socket.socket() as listener, HubServer({REPO: MODEL}) as hub:
+        listener.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"  # bound, not listening: refused
+        env = {}
+        if case == "unknown host":
+            url = "http://hub.invalid"
+        elif case == "silent":
+            listener.listen()  # takes connections and never answers
+            env = {"HF_HUB_ETAG_TIMEOUT": "1"}
+        elif case == "offline":
+            env = {"HF_HUB_OFFLINE": "1"}
+        elif case == "ill":
+            url, hub.failing = hub.url, {"/api/": 503}
+        error = error_of(download(url, REPO, "dir", **env))
+    why = {
+        "refused": "refused",
+        "unknown host": "(?i)name|host|resolution",
+        "silent": "timed out",
+        "offline": "HF_HUB_OFFLINE",
+    }
+    assert re.search(why.get(case, "503"), error), error
+    assert url in error and "run the same command again" in error and "--tiny" in error
+    assert not (tmp_path / "dir").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_too_little_disk_is_said_before_anything_comes(download, tmp_path):
+    with HubServer({REPO: MODEL}, sizes={REPO: {"model-00001-of-00002.safetensors": 10**17}}) as hub:
+        error = error_of(download(hub, REPO, "new/dir"))
+        free = shutil.disk_usage(tmp_path).free / 1e9
+        needs, has = (float(number) for number in re.findall(r"([\d.]+) GB", error))
+        assert needs == 10**8 and abs(has - free) < 5, error
+        assert "new/dir" in error and "--save-dir" in error
+        assert hub.downloaded() == set() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["file", "file/dir"])
+def test_a_file_in_the_place_of_the_directory(download, tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    with HubServer({REPO: MODEL}) as hub:
+        error = error_of(download(hub, REPO, name))
+        assert f"{tmp_path / 'file'} is a file" in error and "--save-dir" in error
+        assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.skipif(hasattr(os, "getuid") and os.getuid() == 0, reason="root may write everywhere")
+def test_a_directory_without_permission(download, tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o555)
+    with HubServer({REPO: MODEL}) as hub:
+        error = error_of(download(hub, REPO, "shut/dir"), clean=False)
+        assert "cannot write" in error and "Permission denied" in error and "--save-dir" in error
+
+
+def small_disk(directory, size):
+    """The beginning of a command that runs with a disk of its own mounted on `directory`. The mount ends with it."""
+    directory.mkdir()
+    script = f'mount -t tmpfs -o size={size} none {directory} && exec "$@"'
+    before = ["unshare", "-rm", "sh", "-c", script, "sh"]
+    if not shutil.which("unshare") or subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    return before
+
+
+def test_a_disk_that_fills_up_in_the_middle(download, tmp_path):
+    repo = {"config.json": b"{}", "model.safetensors": safetensors(a=30_000_000)}
+    with HubServer({REPO: repo}, sizes={REPO: {"model.safetensors": 1000}}) as hub:
+        run = download(hub, REPO, "disk/dir", before=small_disk(tmp_path / "disk", "2m"))
+        error = error_of(run, clean=False)
+        assert "the disk of disk/dir is full" in error and "run the same command again" in error
+
+
+def test_complete_files_need_no_disk_a_second_time(download, tmp_path):
+    before = small_disk(tmp_path / "disk", "5m")
+    repo = {"config.json": b"{}", "model.safetensors": safetensors(a=3_000_000)}
+    with HubServer({REPO: repo}) as hub:
+        twice = ["sh", "-c", '"$@" && "$@" && df -k --output=avail disk', "sh"]
+        run = download(hub, REPO, "disk/dir", before=before + twice)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.count("Model saved in disk/dir") == 2
+        assert int(run.stdout.split()[-1]) * 1024 < 3_000_000  # it could not have come once more
+
+
+# ----------------------------------------------------------------------------------------- what broke off, and going on
+
+
+def test_a_transfer_that_breaks_off_is_resumed(download, tmp_path):
+    """The library resumes in the same run or, before 1.0, in the next one; either way only the rest comes again."""
+    weights = safetensors(a=25_000_000)  # the library writes in pieces of 10 MB
+    with HubServer({REPO: {"config.json": b"{}", "model.safetensors": weights}}) as hub:
+        hub.cuts = {"model.safetensors": [12_000_000]}
+        run = download(hub, REPO, "dir")
+        if run.returncode:
+            error = error_of(run, clean=False)
+            assert hub.url in error and "run the same command again" in error and "--tiny" in error
+            run = download(hub, REPO, "dir")
+        assert run.returncode == 0, run.stderr
+        ranges = [request.range for request in hub.requests if request.method == "GET" and request.range]
+        assert len(ranges) == 1 and int(re.match(r"bytes=(\d+)-", ranges[0]).group(1)) >= 10_000_000
+        assert hub.served("model.safetensors") <= 12_000_000 + len(weights) - 10_000_000
+        assert (tmp_path / "dir" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_connection_that_keeps_breaking(download, tmp_path):
+    with HubServer({REPO: MODEL}) as hub:
+        second = "model-00002-of-00002.safetensors"
+        hub.cuts = {second: [1000] * 20}
+        error = error_of(download(hub, REPO, "dir"), clean=False)
+        assert f"from {hub.url} failed" in error and "run the same command again" in error
+        assert files_in(tmp_path / "dir") == set(MODEL) - {second}
+
+        hub.cuts.clear()
+        hub.requests.clear()
+        assert download(hub, REPO, "dir").returncode == 0
+        assert hub.downloaded() == {second}
+
+
+def test_nothing_stays_where_nothing_came(download, tmp_path):
+    with HubServer({REPO: MODEL}) as hub:
+        hub.failing = {r"^/cdn/|resolve/.*\.(json|txt|jinja|py|md)$|LICENSE": 410}
+        error = error_of(download(hub, REPO, "new/dir"), clean=False)
+        assert f"from {hub.url} failed" in error and "410" in error
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_hub_that_goes_away_before_the_weights(download, tmp_path):
+    """The library then takes a directory that is not empty for the whole model, with a warning and no error."""
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "config.json").write_bytes(MODEL["config.json"])
+    with HubServer({REPO: MODEL}) as hub:
+        hub.failing = {"/revision/|/tree/": 410}
+        error = error_of(download(hub, REPO, "dir"), clean=False)
+        assert "run the same command again" in error
+        assert files_in(tmp_path / "dir") == {"config.json"}
+
+
+@pytest.mark.parametrize("first", ["config.json", "model.safetensors"])
+def test_ctrl_c_stops_at_once(download, tmp_path, first):
+    """The library alone would go on until every running transfer is through."""
+    with HubServer({REPO: {"config.json": b"{}" * 99, "model.safetensors": safetensors(a=25_000_000)}}) as hub:
+        hub.stalls = {"config.json", "model.safetensors"} - {first}
+        run = download(hub, REPO, "new/dir", start=subprocess.Popen)
+        assert hub.stalled.wait(20)
+        time.sleep(0.5)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=3)
+        assert run.returncode == 130 and "Traceback" not in err
+        assert err.splitlines()[-1].startswith("Interrupted: files that are complete are kept")
+        assert files_in(tmp_path / "new" / "dir") == {first}
+
+
+def test_a_file_cut_short_on_the_disk_comes_again(download, tmp_path):
+    with HubServer({REPO: MODEL}) as hub:
+        assert download(hub, REPO, "dir").returncode == 0
+        shard = tmp_path / "dir" / "model-00001-of-00002.safetensors"
+        before = shard.stat()
+        with shard.open("r+b") as file:
+            file.truncate(500)
+        os.utime(str(shard), ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copying tool leaves it
+        hub.requests.clear()
+        assert download(hub, REPO, "dir").returncode == 0
+        assert shard.read_bytes() == MODEL[shard.name]
+        assert hub.downloaded() == {shard.name}
+
+
+def test_the_directory_of_another_model_is_refused(download, tmp_path):
+    (tmp_path / "dir").mkdir()
+    for name in ("config.json", "model.safetensors", "pytorch_model.bin"):  # the last one is the hub's as well
+        (tmp_path / "dir" / name).write_bytes(b"tiny")
+    with HubServer({REPO: dict(MODEL, **{"pytorch_model.bin": b"x"})}) as hub:
+        error = error_of(download(hub, REPO, "dir"))
+        assert "dir holds model.safetensors" in error and "--tiny" in error and "--save-dir" in error
+        assert (tmp_path / "dir" / "config.json").read_bytes() == b"tiny"
+        (tmp_path / "dir" / "model.safetensors").unlink()
+        assert download(hub, REPO, "dir").returncode == 0
+        check_weights(tmp_path / "dir")
+
+
+def test_the_leftovers_of_a_killed_run(download, tmp_path):
+    """A part with a random name is of no use to a later run; old releases resume one with the file's own id."""
+    cache = tmp_path / "dir" / ".cache" / "huggingface" / "download"
+    cache.mkdir(parents=True)
+    dead, young, resumable = (
+        cache / f"s.{id}.incomplete" for id in ("e" * 40 + ".0123abcd", "e" * 40 + ".4567abcd", "f" * 40)
+    )
+    for path in (dead, young, resumable):
+        path.write_bytes(b"part")
+        if path != young:
+            os.utime(str(path), (time.time() - 600, time.time() - 600))
+    with HubServer({REPO: MODEL}) as hub:
+        assert download(hub, REPO, "dir").returncode == 0
+    assert not dead.exists() and young.exists() and resumable.exists()
+
+
+# -------------------------------------------------------------------------------------------------- check_weights
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    for name, data in dict(SHARDS, **{"config.json": b"{}"}).items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+def amiss(model_dir, name, *words):
+    with pytest.raises(UserError) as caught:
+        check_weights(model_dir, hint="run python tutorial/download_x.py again")
+    line = str(caught.value)
+    assert str(model_dir / name) in line and all(word in line for word in words), line
+    assert line.endswith("run python tutorial/download_x.py again") and "\n" not in line
+
+
+def test_whole_weights_pass(model_dir):
+    check_weights(model_dir)
+    check_weights(str(model_dir))
+    (model_dir / "model.safetensors.index.json").unlink()
+    (model_dir / "model.safetensors").write_bytes(safetensors())  # a file without any tensor is a valid one
+    check_weights(model_dir)
+
+
+def test_missing_config_and_weights(model_dir, tmp_path):
+    amiss(model_dir / "nowhere", "", "no config.json")
+    (model_dir / "model.safetensors.index.json").unlink()
+    amiss(model_dir, "", "no weights")
+    (model_dir / "config.json").unlink()
+    amiss(model_dir, "", "no config.json")
+
+
+def test_a_missing_shard(model_dir):
+    (model_dir / "model-00002-of-00002.safetensors").unlink()
+    amiss(model_dir, "model-00002-of-00002.safetensors", "is missing")
+
+
+@pytest.mark.parametrize("change", [-1, -2500, -3100, 1])
+def test_a_shard_of_the_wrong_length(model_dir, change):
+    path = model_dir / "model-00001-of-00002.safetensors"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size + change)
+    amiss(model_dir, path.name, "cut short or damaged", "delete it")
+
+
+@pytest.mark.parametrize("data", [b"", b"abc", b"version https://git-lfs.github.com/spec/v1\n" + b"x" * 300])
+def test_a_shard_that_is_something_else(model_dir, data):
+    (model_dir / "model-00001-of-00002.safetensors").write_bytes(data)
+    amiss(model_dir, "model-00001-of-00002.safetensors", "cut short or damaged")
+
+
+@pytest.mark.parametrize(
+    "header", [b"not json ", b"[1, 2]", b'{"a": 1}', b'{"a": {"data_offsets": []}}', b'{"a": {}}', b"\xff"]
+)
+def test_a_garbage_header(model_dir, header):
+    data = len(header).to_bytes(8, "little") + header
+    (model_dir / "model-00001-of-00002.safetensors").write_bytes(data)
+    amiss(model_dir, "model-00001-of-00002.safetensors", "cut short or damaged")
+
+
+def test_a_tensor_that_its_shard_lacks(model_dir):
+    (model_dir / "model-00001-of-00002.safetensors").write_bytes(safetensors(a=3000))
+    amiss(model_dir, "model-00001-of-00002.safetensors", "lacks the tensor b")
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"weight_map": 3}', b'{"weight_map": {"a": ', b"\xff"])
+def test_a_garbage_index(model_dir, text):
+    (model_dir / "model.safetensors.index.json").write_bytes(text)
+    amiss(model_dir, "model.safetensors.index.json", "is damaged")
+
+
+def test_pytorch_shards(tmp_path):
+    for name, data in dict(BINS, **{"config.json": b"{}"}).items():
+        (tmp_path / name).write_bytes(data)
+    check_weights(tmp_path)
+    path = tmp_path / "pytorch_model-00002-of-00002.bin"
+    path.write_bytes(BINS[path.name][:-30])
+    amiss(tmp_path, path.name, "cut short or damaged")
+    path.write_bytes(b"")
+    amiss(tmp_path, path.name, "cut short or damaged")
+    path.unlink()
+    amiss(tmp_path, path.name, "is missing")
+
+
+def test_what_torch_and_safetensors_write(tmp_path):
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a": torch.ones(7, 3), "b": torch.zeros(5, dtype=torch.bfloat16)}
+    for zipped in (True, False):
+        torch.save(tensors, str(tmp_path / "pytorch_model.bin"), _use_new_zipfile_serialization=zipped)
+        check_weights(tmp_path)
+    save_file(tensors, str(tmp_path / "model.safetensors"), metadata={"format": "pt"})
+    check_weights(tmp_path)
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    amiss(tmp_path, "model.safetensors", "cut short or damaged")
+
+
+def test_thirty_shards_of_a_70b_model_are_checked_in_a_moment(tmp_path):
+    """723 tensors, 138 GB by their length, with holes for data: reading the data would take minutes."""
+    (tmp_path / "config.json").write_text("{}")
+    size, weight_map = 190_000_000, {}
+    for number in range(1, 31):
+        shard = f"model-{number:05d}-of-00030.safetensors"
+        names = [f"model.layers.{number}.tensor.{i}" for i in range(24)]
+        header = {
+            n: {"dtype": "BF16", "shape": [size // 2], "data_offsets": [i * size, i * size + size]}
+            for i, n in enumerate(names)
+        }
+        text = json.dumps(header).encode()
+        with (tmp_path / shard).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + 24 * size)
+        weight_map.update((name, shard) for name in names)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    start = time.perf_counter()
+    check_weights(tmp_path)
+    assert time.perf_counter() - start < 2
+
+
+# ---------------------------------------------------------------------- the hub of the tests serves data sets as well
+
+CONFIGS = """---
+configs:
+- config_name: 1.0.0
+  data_files: [{split: train, path: 1.0.0/train-*.parquet}]
+- config_name: 3.0.0
+  data_files: [{split: train, path: 3.0.0/train-*.parquet}, {split: validation, path: 3.0.0/validation-*.parquet}]
+---
+# A data set
+"""
+
+
+def test_load_dataset_through_the_hub(tmp_path):
+    pytest.importorskip("datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    def rows(text, count):
+        return [{"article": f"{text} {i}", "highlights": str(i)} for i in range(count)]
+
+    def as_parquet(rows):
+        buffer = io.BytesIO()
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        parquet.write_table(pyarrow.table(columns), buffer)
+        return buffer.getvalue()
+
+    def as_jsonl(rows):
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+    plain = {"train.jsonl": as_jsonl(rows("train", 5)), "validation.jsonl": as_jsonl(rows("validation", 2))}
+    configured = {
+        "README.md": CONFIGS.encode(),
+        "1.0.0/train-00000-of-00001.parquet": as_parquet(rows("wrong", 9)),
+        "3.0.0/train-00000-of-00002.parquet": as_parquet(rows("first", 3)),
+        "3.0.0/train-00001-of-00002.parquet": as_parquet(rows("second", 4)),
+        "3.0.0/validation-00000-of-00001.parquet": as_parquet(rows("validation", 1)),
+    }
+    program = (
+        "import json, sys; from datasets import load_dataset; "
+        "found = [load_dataset('org/plain'), load_dataset('org/configured', '3.0.0')]; "
+        "print(json.dumps([{split: list(rows) for split, rows in one.items()} for one in found]))"
+    )
+    with HubServer(datasets={"org/plain": plain, "org/configured": configured}) as hub:
+        command = [sys.executable, "-c", program]
+        run = subprocess.run(command, env=environment(hub, tmp_path), capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr
+        first, second = json.loads(run.stdout)
+        assert first == {"train": rows("train", 5), "validation": rows("validation", 2)}
+        assert second == {"train": rows("first", 3) + rows("second", 4), "validation": rows("validation", 1)}
+        assert {"train.jsonl", "train-00001-of-00002.parquet"} <= hub.downloaded()

@@ -1,0 +1,34 @@
+"""Download Llama2 13B from the Hugging Face hub; 50 GB of free disk are advised.
+
+    python tutorial/download_llama2_13b.py --token <user-token>
+    python tutorial/download_llama2_13b.py --tiny
+
+It is gated: accept its licence at https://huggingface.co/meta-llama/Llama-2-13b-hf first, and make a token at
+https://huggingface.co/settings/tokens. An interrupted download
+goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with, offline.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.arguments import download_arguments
+from common.download import download_model
+
+
+def main():
+    args = download_arguments(__doc__, model_name="meta-llama/Llama-2-13b-hf", save_dir="./llama-2-13b-hf")
+    if args.tiny:
+        from model.tiny import write_tiny
+
+        write_tiny("llama2", args.save_dir)
+        print(f"Stand-in model saved in {args.save_dir}")
+    else:
+        download_model(args.model_name, args.save_dir, args.token)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""Download Llama 3.1 8B from the Hugging Face hub; 20 GB of free disk are advised.
+
+    python tutorial/download_llama3_1_8b.py --token <user-token>
+    python tutorial/download_llama3_1_8b.py --tiny
+
+It is gated: accept its licence at https://huggingface.co/meta-llama/Llama-3.1-8B first, and make a token at
+https://huggingface.co/settings/tokens. An interrupted download
+goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with, offline.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.arguments import download_arguments
+from common.download import download_model
+
+
+def main():
+    args = download_arguments(__doc__, model_name="meta-llama/Llama-3.1-8B", save_dir="./llama3.1-8b")
+    if args.tiny:
+        from model.tiny import write_tiny
+
+        write_tiny("llama3_1", args.save_dir)
+        print(f"Stand-in model saved in {args.save_dir}")
+    else:
+        download_model(args.model_name, args.save_dir, args.token)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Ask the fine-tuned Cerebras-GPT 13B for Python code.
+
+    python tutorial/inference_gpt.py
+    python tutorial/inference_gpt.py --prompt "Write a function that ..."
+    python tutorial/inference_gpt.py --model-name-or-path ./cerebras-gpt-13b
+
+The second asks with your own text, the third asks the untrained model, to compare.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.accelerator import start_accelerator
+from common.arguments import inference_arguments
+from common.tokenization import load_tokenizer
+from dataset.templates import instruction
+from model.generation import stream_answer
+from model.loading import load_model
+
+TASK = """Write a Python function that merges two sorted lists of numbers into one sorted list without calling sort.
+It must work when one of the lists is empty, and take time in proportion to their lengths."""
+TRAIN = "Run python tutorial/train_gpt.py first."
+
+
+def main():
+    args = inference_arguments(__doc__, model_name_or_path="./code_generation")
+    accelerator = start_accelerator(args.seed)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+
+    # the template of the training, so that the model is asked in the format in which it learned
+    example = instruction({"instruction": args.prompt or TASK})
+    stream_answer(model, tokenizer, example, args)
+
+
+if __name__ == "__main__":
+    main()

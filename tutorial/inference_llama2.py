@@ -1,0 +1,49 @@
+"""Ask the fine-tuned Llama2 13B for the summary of an article.
+
+    python tutorial/inference_llama2.py
+    python tutorial/inference_llama2.py --prompt-file article.txt
+    python tutorial/inference_llama2.py --model-name-or-path ./llama-2-13b-hf
+
+The second asks with your own text, the third asks the untrained model, to compare.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.accelerator import start_accelerator
+from common.arguments import inference_arguments
+from common.tokenization import load_tokenizer
+from dataset.templates import summarization
+from model.generation import stream_answer
+from model.loading import load_model
+
+ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after engineers found
+that two of its five arches have sunk by four centimetres since 2019. The council voted 14 to 3 for the repair on Tuesday
+night. It will cost 9.2 million crowns, a third of which comes from the province.
+
+"We waited too long, and waiting has become the expensive choice," said the mayor, Ilse Tarkan, after the vote. Buses
+will take the northern ring road, which adds about 15 minutes to the way into the centre. A free ferry for people on foot
+and on bicycles will cross every ten minutes between six in the morning and midnight.
+
+Shopkeepers on the east bank fear for their trade. "Half of my customers walk over that bridge!" said Bram Oduya, who
+sells fishing gear. The council promised to halve the rents of its market stalls until the bridge is open again."""
+TRAIN = "Run python tutorial/train_llama2.py first."
+
+
+def main():
+    args = inference_arguments(__doc__, model_name_or_path="./llama2_summarization")
+    accelerator = start_accelerator(args.seed)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+
+    # the template of the training, so that the model is asked in the format in which it learned
+    example = summarization({"article": args.prompt or ARTICLE})
+    stream_answer(model, tokenizer, example, args)
+
+
+if __name__ == "__main__":
+    main()

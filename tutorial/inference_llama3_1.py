@@ -1,0 +1,40 @@
+"""Ask the fine-tuned Llama 3.1 8B a question in Korean.
+
+    python tutorial/inference_llama3_1.py
+    python tutorial/inference_llama3_1.py --prompt "..."
+    python tutorial/inference_llama3_1.py --model-name-or-path ./llama3.1-8b
+
+The second asks with your own text, the third asks the untrained model, to compare.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.accelerator import start_accelerator
+from common.arguments import inference_arguments
+from common.tokenization import load_tokenizer
+from dataset.templates import korean_alpaca
+from model.generation import stream_answer
+from model.loading import load_model
+
+QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
+TRAIN = "Run python tutorial/train_llama3_1.py first."
+
+
+def main():
+    args = inference_arguments(__doc__, model_name_or_path="./llama3_1_korean")
+    accelerator = start_accelerator(args.seed)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+
+    # the template of the training, so that the model is asked in the format in which it learned
+    example = korean_alpaca({"instruction": args.prompt or QUESTION, "input": ""})
+    stream_answer(model, tokenizer, example, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Ask the fine-tuned SmolLM2 135M for a Python function.
+
+    python tutorial/inference_smollm2.py
+    python tutorial/inference_smollm2.py --prompt "Return the ..."
+    python tutorial/inference_smollm2.py --model-name-or-path ./smollm2-135m
+
+The second asks with your own text, the third asks the untrained model, to compare.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.accelerator import start_accelerator
+from common.arguments import inference_arguments
+from common.tokenization import load_tokenizer
+from dataset.templates import alpaca
+from model.generation import stream_answer
+from model.loading import load_model
+
+TASK = "Return a list of the even numbers in a sequence, in their order."
+TRAIN = "Run python tutorial/train_smollm2.py first."
+
+
+def main():
+    args = inference_arguments(__doc__, model_name_or_path="./smollm2_code_generation")
+    accelerator = start_accelerator(args.seed)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+
+    # the template of the training, so that the model is asked in the format in which it learned
+    example = alpaca({"instruction": args.prompt or TASK, "input": ""})
+    stream_answer(model, tokenizer, example, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Fine-tune SmolLM2 135M to write Python functions.
+
+    python tutorial/train_smollm2.py
+    python tutorial/inference_smollm2.py --model-name-or-path ./smollm2_code_generation
+
+Before it: tutorial/download_smollm2.py and dataset/prepare_smollm2_dataset.py. Every weight is trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+import torch
+
+from common.accelerator import start_accelerator
+from common.arguments import train_arguments
+from common.dataset_cache import load_dataset
+from common.tokenization import load_tokenizer
+from common.training import make_optimizer, train
+from model.loading import load_model, require_save_dir, save_model
+from model.loss import CausalLMLoss
+
+DOWNLOAD = "Run python tutorial/download_smollm2.py first."
+PREPARE = "Run python dataset/prepare_smollm2_dataset.py first."
+
+
+def main():
+    args = train_arguments(
+        __doc__,
+        model_name_or_path="./smollm2-135m",
+        dataset_name_or_path="./smollm2_dataset.pt",
+        save_dir="./smollm2_code_generation",
+        batch_size=16,
+        block_size=512,
+        lr=2e-4,
+        lr_scheduler="linear",
+        warmup_steps=5,
+        log_interval=1,
+    )
+    require_save_dir(args.save_dir)  # a mistake shows now, and not after hours of training
+
+    # before the model is built: on MoAI Platform this turns automatic parallelization on
+    accelerator = start_accelerator(args.seed)
+
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=DOWNLOAD)
+    dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
+    model = load_model(args.model_name_or_path, accelerator.device, torch.float32, args.block_size, hint=DOWNLOAD)
+
+    optimizer = make_optimizer(model, args)
+    loss_module = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
+    train(loss_module, optimizer, dataset, args, accelerator)
+
+    save_model(model, tokenizer, args.save_dir)
+
+
+if __name__ == "__main__":
+    main()
