@@ -239,12 +239,12 @@ def _explain(error, repo_id, save_dir, token):
         if status == 401 and has_token:
             return (
                 "the hub does not know the token (from --token, HF_TOKEN or an earlier login): "
-                f"create one at {TOKENS_PAGE} and run again with --token <it>"
+                f"create one at {TOKENS_PAGE} and run again with --token <your token>"
             )
         if status == 401 and response.headers.get("X-Error-Code") == "GatedRepo":
             return (
                 f"{repo_id} is gated and there is no token: accept its licence at {page}, "
-                f"create a token at {TOKENS_PAGE} and run again with --token <it>"
+                f"create a token at {TOKENS_PAGE} and run again with --token <your token>"
             )
         if status == 403:
             return (

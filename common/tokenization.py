@@ -132,22 +132,19 @@ def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
     the bare frame where even that exceeds `limit`.
     """
     pieces = list(pieces)
-    for place in reversed(range(1, len(pieces), 2)):
-        while True:
-            encoding = tokenizer("".join(pieces), return_offsets_mapping=True, verbose=False)
-            ids = _without_end(tokenizer, encoding["input_ids"])
-            if len(ids) <= limit:
-                return ids
-            if not pieces[place]:
-                break
-            start = sum(map(len, pieces[:place]))
-            stop = start + len(pieces[place])
-            # by their begins alone: in tokenizers before 0.20.1 a whole word of Llama3 ends where it begins
-            begins = [begin - start for begin, _ in encoding["offset_mapping"] if start <= begin < stop]
-            excess = len(ids) - limit
-            cut_at = begins[-excess] if excess < len(begins) else 0
-            pieces[place] = pieces[place][: min(cut_at, len(pieces[place]) - 1)]
-    return ids
+    while True:
+        encoding = tokenizer("".join(pieces), return_offsets_mapping=True, verbose=False)
+        ids = _without_end(tokenizer, encoding["input_ids"])
+        place = max((place for place in range(1, len(pieces), 2) if pieces[place]), default=None)
+        if len(ids) <= limit or place is None:
+            return ids
+        start = sum(map(len, pieces[:place]))
+        stop = start + len(pieces[place])
+        # by their begins alone: in tokenizers before 0.20.1 a whole word of Llama3 ends where it begins
+        begins = [begin - start for begin, _ in encoding["offset_mapping"] if start <= begin < stop]
+        excess = len(ids) - limit
+        cut_at = begins[-excess] if excess < len(begins) else 0
+        pieces[place] = pieces[place][: min(cut_at, len(pieces[place]) - 1)]
 
 
 def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int]]:

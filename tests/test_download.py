@@ -92,9 +92,10 @@ def download(tmp_path):
 
     def run(hub, repo, save_dir, token=None, before=(), start=subprocess.run, **env):
         args = [repo, str(save_dir)] + ([token] if token else [])
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True}
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True}
+        options.update({"timeout": 60} if start is subprocess.run else {})
         env = environment(hub, tmp_path / "hf_home", **env)
-        return start([*before, sys.executable, "-c", PROGRAM, *args], env=env, cwd=str(tmp_path), **pipes)
+        return start([*before, sys.executable, "-c", PROGRAM, *args], env=env, cwd=str(tmp_path), **options)
 
     return run
 
@@ -322,15 +323,16 @@ def test_nothing_stays_where_nothing_came(download, tmp_path):
         assert not (tmp_path / "new").exists()
 
 
-def test_a_hub_that_goes_away_before_the_weights(download, tmp_path):
+def test_a_hub_that_goes_away_in_between(download, tmp_path):
     """The library then takes a directory that is not empty for the whole model, with a warning and no error."""
     (tmp_path / "dir").mkdir()
-    (tmp_path / "dir" / "config.json").write_bytes(MODEL["config.json"])
+    for name in set(MODEL) - {"tokenizer.json"}:
+        (tmp_path / "dir" / name).write_bytes(MODEL[name])
     with HubServer({REPO: MODEL}) as hub:
         hub.failing = {"/revision/|/tree/": 410}
-        error = error_of(download(hub, REPO, "dir"), clean=False)
-        assert "run the same command again" in error
-        assert files_in(tmp_path / "dir") == {"config.json"}
+        run = download(hub, REPO, "dir")
+        assert "tokenizer.json has not come in full: run the same command again" in error_of(run, clean=False)
+        assert "Model saved" not in run.stdout
 
 
 @pytest.mark.parametrize("first", ["config.json", "model.safetensors"])
@@ -338,11 +340,14 @@ def test_ctrl_c_stops_at_once(download, tmp_path, first):
     """The library alone would go on until every running transfer is through."""
     with HubServer({REPO: {"config.json": b"{}" * 99, "model.safetensors": safetensors(a=25_000_000)}}) as hub:
         hub.stalls = {"config.json", "model.safetensors"} - {first}
-        run = download(hub, REPO, "new/dir", start=subprocess.Popen)
-        assert hub.stalled.wait(20)
-        time.sleep(0.5)
+        run = download(hub, REPO, "new/dir", start=subprocess.Popen, HF_HUB_DOWNLOAD_TIMEOUT="60")
+        deadline = time.monotonic() + 30
+        while (
+            not (hub.stalled.is_set() and (tmp_path / "new" / "dir" / first).exists()) and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
         run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=3)
+        out, err = run.communicate(timeout=10)
         assert run.returncode == 130 and "Traceback" not in err
         assert err.splitlines()[-1].startswith("Interrupted: files that are complete are kept")
         assert files_in(tmp_path / "new" / "dir") == {first}
@@ -360,6 +365,14 @@ def test_a_file_cut_short_on_the_disk_comes_again(download, tmp_path):
         assert download(hub, REPO, "dir").returncode == 0
         assert shard.read_bytes() == MODEL[shard.name]
         assert hub.downloaded() == {shard.name}
+
+
+def test_weights_that_are_damaged_on_the_hub(download, tmp_path):
+    shard = "model-00002-of-00002.safetensors"
+    with HubServer({REPO: dict(MODEL, **{shard: b"x" * 2000})}) as hub:
+        run = download(hub, REPO, "dir")
+        assert f"dir/{shard} is cut short or damaged" in error_of(run, clean=False)
+        assert "Model saved" not in run.stdout
 
 
 def test_the_directory_of_another_model_is_refused(download, tmp_path):

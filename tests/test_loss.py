@@ -1,0 +1,193 @@
+"""The loss, and the gradients, are those of transformers for the one padded batch, however the batch is split."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+import transformers
+
+from common.accelerator import Accelerator
+from common.batching import IGNORED, global_batches, label_counts, micro_batches, row_lengths, static_batch
+from common.training import train
+from model import loss as loss_file
+from model.loss import CausalLMLoss, has_plain_head
+from model.tiny import write_tiny
+
+SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
+# no tutorial uses these: Qwen2 has a plain head, Gemma2 caps its logits, Cohere and Granite scale them
+OTHERS = {
+    "qwen2": lambda: transformers.Qwen2Config(**SMALL),
+    "gemma2": lambda: transformers.Gemma2Config(**SMALL, final_logit_softcapping=2.0, query_pre_attn_scalar=8),
+    "cohere": lambda: transformers.CohereConfig(**SMALL, logit_scale=0.25),
+    "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
+}
+PLAIN = ["llama2", "llama3", "mistral", "gpt", "qwen2"]
+KINDS = [*PLAIN, "gemma2", "cohere", "granite"]
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+
+    def build(kind):
+        torch.manual_seed(1)
+        if kind in OTHERS:
+            model = transformers.AutoModelForCausalLM.from_config(OTHERS[kind]())
+        else:
+            if not (root / kind).exists():
+                write_tiny(kind, root / kind)
+            model = transformers.AutoModelForCausalLM.from_pretrained(root / kind)
+        with torch.no_grad():  # larger logits, so that a cap or a scale would be missed by a lot
+            model.get_output_embeddings().weight.mul_(10)
+        return model.float()
+
+    return build
+
+
+def a_split(seed=0, rows=12, vocabulary=300):
+    """Random rows of 2 to 60 tokens, `answer_starts` anywhere in them."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 60, (rows,), generator=generator)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    ids = torch.randint(0, vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
+    starts = (torch.rand(rows, generator=generator) * (lengths - 1)).int()
+    return {"input_ids": ids, "offsets": offsets, "answer_starts": starts}
+
+
+def one_padded_batch(model, split, train_on_prompt):
+    """The loss that transformers itself gives for all rows in one batch, with its gradients in the model."""
+    (batch,) = static_batch(split, list(range(12)), 12, 64, train_on_prompt)
+    loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    model.zero_grad()
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt, build, monkeypatch):
+    monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)  # several chunks in every micro-batch
+    model, split = build(kind), a_split()
+    model.eval()
+    expected, gradients = one_padded_batch(model, split, train_on_prompt)
+    module = CausalLMLoss(model)
+    assert module.own_head == (kind not in PLAIN)
+    labels = int(label_counts(split, train_on_prompt).sum())
+    for micro_batch_tokens in (1, 64, 200, 10_000):
+        model.zero_grad()
+        total = 0
+        for micro_batch in micro_batches(split, list(range(12)), micro_batch_tokens, train_on_prompt):
+            loss = module(*micro_batch) / labels
+            loss.backward()
+            total += loss.detach()
+        assert abs(total - expected) < 1e-5
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_a_training_step_is_that_of_one_padded_batch(static_shapes, build, tmp_path):
+    split = a_split()
+    model = build("llama2")
+    _, gradients = one_padded_batch(model, split, False)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, static_shapes)
+    for tokens in (60, 200, 10_000):
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(before[name])
+        args = Namespace(batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
+                         block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
+                         eval_step=0, eval_rows=0, seed=0, save_dir=str(tmp_path))  # fmt: skip
+        # with a learning rate of 1, the change of a weight is its gradient
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        dataset = {"train": split, "validation": split, "meta": {}}
+        train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, accelerator)
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(before[name] - weight.detach(), gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_cap_is_seen_even_where_the_logits_are_tiny(build):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SMALL))  # caps at 30
+    assert model(torch.tensor([[5, 6, 7]])).logits.abs().max() < 1
+    assert not has_plain_head(model)
+    assert has_plain_head(build("gpt")) and model.training
+
+
+def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(build, monkeypatch):
+    monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)
+    products, linear = [], torch.nn.functional.linear
+
+    def recording(inputs, weight, bias=None):
+        if len(weight) == 300:  # the vocabulary: the output layer
+            products.append(inputs.numel() // inputs.shape[-1])
+        return linear(inputs, weight, bias)
+
+    model, split = build("qwen2"), a_split()
+    module = CausalLMLoss(model)
+    monkeypatch.setattr(torch.nn.functional, "linear", recording)
+    (batch,) = micro_batches(split, list(range(12)), 10_000, False)
+    module(*batch).backward()
+    assert max(products) == 7 and sum(products) == int(label_counts(split, False).sum())
+
+
+def test_bfloat16_products_come_close(build):
+    model, split = build("llama3").eval(), a_split()
+    expected, _ = one_padded_batch(model, split, False)
+    accelerator = Accelerator(torch.device("cpu"), "test", torch.bfloat16, False)
+    module, labels = CausalLMLoss(model), int(label_counts(split, False).sum())
+    model.zero_grad()
+    with accelerator.autocast():
+        loss = sum(module(*batch) for batch in micro_batches(split, list(range(12)), 200, False)) / labels
+    loss.backward()
+    assert abs(loss - expected) < 0.02 * expected
+    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4
+    split = a_split(rows=40)
+    for row in range(40):
+        (batch,) = micro_batches(split, [row], 1000, False)
+        start, length = int(split["answer_starts"][row]), int(row_lengths(split)[row])
+        assert (batch.labels[0, :start] == IGNORED).all()
+        assert torch.equal(batch.labels[0, start:], batch.input_ids[0, start:])  # fault 2: whatever their ids
+        (batch,) = micro_batches(split, [row], 1000, True)
+        assert torch.equal(batch.labels, batch.input_ids) and batch.labels.shape == (1, length)
+
+
+def test_id_zero_is_trained_on_and_attended_to():  # fault 2: `!` has id 0 in Llama3 and GPT
+    split = a_split(rows=12)
+    split["input_ids"].zero_()
+    (batch,) = static_batch(split, list(range(12)), 12, 64, True)
+    assert torch.equal(batch.attention_mask.sum(1), row_lengths(split))
+    assert torch.equal((batch.labels == 0).sum(1), row_lengths(split))
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padding():  # fault 5
+    split = a_split(seed=3, rows=500)
+    rows = list(range(500))
+    batches = micro_batches(split, rows, 512, False)
+    assert all(batch.input_ids.numel() <= 512 for batch in batches)
+    assert sum(len(batch.input_ids) for batch in batches) == 500
+    tokens, padded = int(row_lengths(split).sum()), sum(batch.input_ids.numel() for batch in batches)
+    assert padded < 1.05 * tokens
+    found = sorted(tuple(ids[labels != IGNORED].tolist()) for b in batches for ids, labels in zip(b[0], b[1]))
+    wanted = []
+    for row in rows:
+        begin, end = split["offsets"][row : row + 2].tolist()
+        wanted.append(tuple(split["input_ids"][begin + int(split["answer_starts"][row]) : end].tolist()))
+    assert found == sorted(wanted)
+
+
+def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
+    first = global_batches(103, 10, seed=5, epoch=0)
+    assert [len(batch) for batch in first] == [10] * 10 and len(set(sum(first, []))) == 100
+    assert first == global_batches(103, 10, seed=5, epoch=0)
+    assert first != global_batches(103, 10, seed=6, epoch=0)
+    assert first != global_batches(103, 10, seed=5, epoch=1)

@@ -1,0 +1,176 @@
+"""Rows become tokens: the template's frame, the whole answer and the end id stay, whatever has to be cut."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from common import UserError
+from common.tokenization import ROWS_AT_ONCE, Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
+from dataset.templates import alpaca, instruction, korean_alpaca, summarization
+from model.tiny import write_tiny
+
+SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
+DATA = {
+    "llama2": (summarization, "cnn_dailymail"),
+    "llama3": (summarization, "cnn_dailymail"),
+    "mistral": (alpaca, "python_code_instructions_18k_alpaca"),
+    "gpt": (instruction, "Evol-Instruct-Python-26k"),
+    "llama3_1": (korean_alpaca, "korean_safe_conversation"),
+    "smollm2": (alpaca, "python_code_instructions_18k_alpaca"),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    for kind in DATA:
+        write_tiny(kind, root / kind)
+    return {kind: load_tokenizer(str(root / kind)) for kind in DATA}
+
+
+def rows_of(kind):
+    template, name = DATA[kind]
+    with open(SAMPLES / name / "train.jsonl", encoding="utf-8") as file:
+        return template, [json.loads(line) for line in file]
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_row_is_bos_prompt_answer_end(kind, tokenizers):
+    tokenizer = tokenizers[kind]
+    template, rows = rows_of(kind)
+    encoded = list(encode_rows(rows, template, tokenizer, 4096, Counter()))
+    assert len(encoded) == len(rows) == 64
+    for row, (ids, start) in zip(rows, encoded):
+        example = template(row)
+        prompt = tokenizer("".join(example.prompt))["input_ids"]
+        assert ids[:start] == prompt
+        assert (prompt[0] == tokenizer.bos_token_id) == (kind not in ("gpt", "smollm2"))
+        assert ids[-1] == tokenizer.eos_token_id  # fault 1: as an id, whatever it is called
+        assert tokenizer.decode(ids[start:-1]).strip() == example.answer.strip()
+        assert "</s>" not in tokenizer.decode(ids[start:-1])
+
+
+@pytest.mark.parametrize("kind", DATA)
+@pytest.mark.parametrize("spare", [1, 7, 40])
+def test_a_long_row_loses_source_text_and_nothing_else(kind, spare, tokenizers):  # fault 3
+    tokenizer = tokenizers[kind]
+    template, rows = rows_of(kind)
+    row = rows[0]
+    source = "article" if "article" in row else "instruction"
+    row = {**row, source: " ".join([row[source]] * 30)}
+    answer_length = len(tokenizer(template(row).answer, add_special_tokens=False)["input_ids"])
+    frame = tokenizer("".join(template({**row, source: "", "input": ""}).prompt))["input_ids"]
+    block = len(frame) + answer_length + 1 + spare
+    counts = Counter()
+    ((ids, start),) = encode_rows([row], template, tokenizer, block, counts)
+    assert len(ids) <= block
+    assert block - len(ids) <= 8  # no more is cut than has to be: up to what one character or word takes
+    assert tokenizer.decode(ids[start:-1]).strip() == template(row).answer.strip()
+    assert ids[-1] == tokenizer.eos_token_id
+    prompt = tokenizer.decode(ids[:start], skip_special_tokens=True)
+    pieces = template(row).prompt
+    assert prompt.startswith(pieces[0]) and prompt.endswith(pieces[-1])
+    assert counts == {"rows": 1, "tokens": len(ids), "prompts cut": 1, "dropped": 0}
+
+
+def test_a_cut_keeps_the_begin_of_the_article(tokenizers):
+    template, rows = rows_of("llama3")
+    tokenizer = tokenizers["llama3"]
+    whole = tokenizer("".join(template(rows[0]).prompt))["input_ids"]
+    for limit in (len(whole) - 1, len(whole) // 2, 60):
+        ids = encode_prompt(tokenizer, template(rows[0]), limit)
+        assert limit - 4 <= len(ids) <= limit
+        kept = tokenizer.decode(ids, skip_special_tokens=True)[len("[SUMMARIZE] ") : -len(" [/SUMMARIZE]\n")]
+        assert len(kept) > 60 and rows[0]["article"].startswith(kept)
+
+
+def test_the_input_is_cut_before_the_instruction(tokenizers):
+    row = {"instruction": "Sort the numbers.", "input": "7 " * 500, "output": "sorted(numbers)"}
+    ((ids, start),) = encode_rows([row], alpaca, tokenizers["mistral"], 120, Counter())
+    prompt = tokenizers["mistral"].decode(ids[:start])
+    assert "Sort the numbers." in prompt and "7 7 7" in prompt and prompt.endswith("\n\n### Output:\n")
+
+
+def test_an_answer_longer_than_the_block_is_cut_last_and_counted(tokenizers):
+    row = {"instruction": "Count.", "output": " ".join(map(str, range(900)))}
+    counts = Counter()
+    ((ids, start),) = encode_rows([row], instruction, tokenizers["gpt"], 100, counts)
+    prompt = tokenizers["gpt"].decode(ids[:start])
+    assert len(ids) == 100 and ids[-1] == tokenizers["gpt"].eos_token_id
+    assert prompt == "[INST]  [/INST]\n" and counts["answers cut"] == 1
+
+
+def test_a_block_without_room_for_the_frame_is_refused(tokenizers):
+    with pytest.raises(UserError, match="block of 8 tokens has no room"):
+        list(encode_rows([{"instruction": "a", "output": "b"}], instruction, tokenizers["gpt"], 8, Counter()))
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(tokenizers):
+    rows = [{"instruction": "a", "output": text} for text in ("yes", "", None, " \n", "no")] + [{"instruction": "a"}]
+    counts = Counter()
+    assert len(list(encode_rows(rows, instruction, tokenizers["gpt"], 64, counts))) == 2
+    assert counts["dropped"] == 4 and counts["rows"] == 2
+
+
+def test_an_end_token_that_the_tokenizer_adds_itself_does_not_end_the_prompt(tokenizers, tmp_path):
+    write_tiny("llama2", tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    template = content["post_processor"]
+    template["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+    template["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config.update(tokenizer_class="PreTrainedTokenizerFast", add_eos_token=True)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    adds_end = load_tokenizer(str(tmp_path))
+    assert adds_end("Hi!")["input_ids"][-1] == 2
+    row = {"instruction": "a", "output": "b"}
+    ((ids, _),) = encode_rows([row], instruction, adds_end, 64, Counter())
+    assert ids.count(2) == 1 and ids[-1] == 2
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_a_question_has_the_ids_of_the_training_prompt(kind, tokenizers):  # fault 8
+    template, rows = rows_of(kind)
+    for block in (4096, 160):
+        encoded = encode_rows(rows[:8], template, tokenizers[kind], block, Counter())
+        for row, (ids, start) in zip(rows, encoded):
+            question = template({name: value for name, value in row.items() if name not in ("output", "highlights")})
+            asked = encode_prompt(tokenizers[kind], question, start)
+            if block == 4096:
+                assert asked == ids[:start]
+            else:  # cut at the same place, give or take a character whose bytes are several tokens
+                assert start - 4 <= len(asked) <= start and asked[: start // 2] == ids[: start // 2]
+
+
+def test_rows_are_read_a_chunk_at_a_time(tokenizers):
+    alive, most = set(), 0
+
+    class Row(dict):
+        def __init__(self, number):
+            super().__init__(instruction="a", output="b")
+            self.number = number
+            alive.add(number)
+
+        def __del__(self):
+            alive.discard(self.number)
+
+    for _ in encode_rows(map(Row, range(5 * ROWS_AT_ONCE)), instruction, tokenizers["gpt"], 64, Counter()):
+        most = max(most, len(alive))
+    assert ROWS_AT_ONCE <= most <= 2 * ROWS_AT_ONCE + 1
+
+
+def test_fingerprints_tell_tokenizers_apart(tokenizers, tmp_path):
+    prints = {kind: fingerprint(tokenizers[kind]) for kind in ("llama2", "llama3", "llama3_1", "gpt", "smollm2")}
+    assert len(set(prints.values())) == len(prints)
+    write_tiny("gpt", tmp_path)
+    assert fingerprint(load_tokenizer(str(tmp_path))) == prints["gpt"]
+
+
+def test_an_example_without_text_to_cut_is_left_alone(tokenizers):
+    assert encode_prompt(tokenizers["gpt"], Example(["Hi there"], None), 2)  # nothing may be cut: the frame stays
