@@ -18,6 +18,11 @@ class Accelerator(NamedTuple):
     dtype: torch.dtype  # torch.float32: no mixed precision
     static_shapes: bool  # MoAI compiles a graph for each shape
 
+    @property
+    def micro_batch_tokens(self) -> int:
+        """A CPU is as fast on small micro-batches, which have less padding; a GPU wants large ones to be busy."""
+        return 1024 if self.device.type == "cpu" else 4096
+
     def autocast(self):
         """Matrix products in `dtype`, everything else and the weights themselves in float32."""
         if self.dtype == torch.float32:

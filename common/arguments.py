@@ -88,7 +88,12 @@ def train_arguments(
     add("--epochs", type=_COUNT, default=epochs, help="times to go through the data")
     add("--max-train-steps", type=_COUNT_OR_NONE, default=max_train_steps, help="optimizer steps, in place of --epochs")
     add("--batch-size", type=_COUNT, default=batch_size, help="rows of an optimizer step")
-    add("--micro-batch-tokens", type=_COUNT, default=4096, help="tokens on the device at once; less needs less memory")
+    add(
+        "--micro-batch-tokens",
+        type=_COUNT_OR_NONE,
+        default=0,
+        help="tokens on the device at once, less needs less memory; 0: 4096, on a CPU 1024",
+    )
     add("--block-size", type=_COUNT, default=block_size, help="tokens of a row at most")
     add("--lr", type=_NUMBER, default=lr, help="learning rate")
     add("--lr-scheduler", choices=["constant", "linear", "cosine"], default=lr_scheduler, help="after the warm-up")
@@ -101,7 +106,7 @@ def train_arguments(
         "--eval-step",
         type=_COUNT_OR_NONE,
         default=0,
-        help="steps from one held-out loss to the next; 0: only at the end",
+        help="steps from one held-out loss to the next; 0: before and after only",
     )
     add("--eval-rows", type=_COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
     add("--seed", type=int, default=seed, help="same seed, same machine: same result")

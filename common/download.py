@@ -134,6 +134,22 @@ def check_weights(model_dir, hint="run the download command again"):
     raise UserError(f"{model_dir} has no weights (model.safetensors or pytorch_model.bin, or their index): {hint}")
 
 
+def require_model(model_dir: str, hint: str = "") -> None:
+    """UserError, ending in `hint`, unless `model_dir` is a directory with all its weights, or a hub id."""
+    require_model_directory(model_dir, hint)
+    if Path(model_dir).is_dir():
+        check_weights(model_dir, hint=hint or "download the model again")
+
+
+def require_model_directory(model_dir: str, hint: str = "") -> None:
+    """UserError unless `model_dir` is a directory, or looks like a hub id (`owner/name`) and no such path exists."""
+    path = Path(model_dir)
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_dir) and not path.parent.is_dir()
+    if not path.is_dir() and (path.exists() or not hub_id):
+        what = "is a file, not a directory" if path.exists() else "does not exist"
+        raise UserError(f"the model directory {model_dir} {what}: {hint or 'give it with --model-name-or-path'}")
+
+
 def _check_file(path, tensors, hint):
     """Check one file of weights. tensors: names that must be in it (only a safetensors file tells them unloaded)."""
     if not path.is_file():
@@ -141,9 +157,8 @@ def _check_file(path, tensors, hint):
     damaged = UserError(f"{path} is cut short or damaged: delete it and {hint}")
     size = path.stat().st_size
     with path.open("rb") as file:
-        if (
-            path.suffix != ".safetensors"
-        ):  # torch >= 1.6 writes a zip file, its table of contents last; before, a pickle
+        if path.suffix != ".safetensors":
+            # torch >= 1.6 writes a zip file, its table of contents last; before, a pickle
             start = file.read(2)
             if not (zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"):
                 raise damaged

@@ -6,10 +6,10 @@ import hashlib
 import json
 from collections import Counter
 from itertools import islice
-from pathlib import Path
 from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from common import UserError
+from common.download import require_model_directory
 
 ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
 
@@ -36,16 +36,6 @@ def load_tokenizer(model_dir: str, hint: str = ""):
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
     return tokenizer
-
-
-def require_model_directory(model_dir: str, hint: str = "") -> None:
-    """UserError unless `model_dir` is a directory, or looks like a hub id (`owner/name`) and no such path exists."""
-    path = Path(model_dir)
-    hub_id = model_dir.count("/") == 1 and not model_dir.startswith((".", "/", "~")) and not model_dir.endswith("/")
-    if path.is_dir() or (hub_id and not path.exists() and not path.parent.is_dir()):
-        return
-    what = "is a file, not a model directory" if path.exists() else "does not exist"
-    raise UserError(f"The model directory {model_dir} {what}. {hint or 'Give it with --model-name-or-path.'}")
 
 
 def fingerprint(tokenizer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
+from time import perf_counter
 
 import torch
 from torch import nn
@@ -49,7 +49,8 @@ class Batches:
         on_prompt = self.args.train_on_prompt
         if self.accelerator.static_shapes:
             return static_batch(self.split, rows, self.batch_size, self.args.block_size, on_prompt)
-        return micro_batches(self.split, rows, self.args.micro_batch_tokens, on_prompt)
+        tokens = self.args.micro_batch_tokens or self.accelerator.micro_batch_tokens
+        return micro_batches(self.split, rows, tokens, on_prompt)
 
 
 def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: Accelerator) -> None:
@@ -75,7 +76,7 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
     with TrainingLog(args.save_dir, total_steps) as log:
         evaluate(loss_module, held_out, log, 0)
         loss_sum = torch.zeros((), device=accelerator.device)
-        labels, tokens, start = 0, 0, time.perf_counter()
+        labels, tokens, start = 0, 0, perf_counter()
         loss_module.train()
         for step in range(1, total_steps + 1):
             epoch, place = divmod(step - 1, steps_an_epoch)
@@ -102,17 +103,17 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
             if step % args.log_interval == 0 or step == total_steps:
                 accelerator.synchronize()  # the clock must not be read before the device has finished
                 mean = loss_sum.item() / labels
-                log.train(step, mean, time.perf_counter() - start, tokens, lr)
+                log.train(step, mean, perf_counter() - start, tokens, lr)
                 if not math.isfinite(mean):
                     raise UserError(
                         f"The loss became {mean} by step {step}. Take a smaller --lr, or more --warmup-steps."
                     )
                 loss_sum.zero_()
-                labels, tokens, start = 0, 0, time.perf_counter()
+                labels, tokens, start = 0, 0, perf_counter()
             if step == total_steps or (args.eval_step and step % args.eval_step == 0):
-                paused = time.perf_counter()
+                paused = perf_counter()
                 evaluate(loss_module, held_out, log, step)
-                start += time.perf_counter() - paused
+                start += perf_counter() - paused
     print("Training Done")
     log.finish(vars(args), dataset["meta"], accelerator.name)
 

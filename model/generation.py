@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from typing import List
+
 import torch
 from transformers import TextStreamer
 
-from common.tokenization import Example, encode_prompt
-
 
 @torch.no_grad()
-def stream_answer(model, tokenizer, example: Example, args) -> str:
-    """Print the prompt of `example` and the model's answer, token by token, until the end token; return the answer.
+def stream_answer(model, tokenizer, prompt_ids: List[int], args) -> str:
+    """Print the prompt and the model's answer to it, token by token, until the end token; return the answer.
 
-    Greedy where `args.temperature` is 0, sampled otherwise. A prompt that leaves no room for `args.max_new_tokens`
-    within the model's positions is cut as in training.
+    Greedy where `args.temperature` is 0, sampled otherwise; `args.max_new_tokens` at most.
     """
-    positions = getattr(model.config, "max_position_embeddings", None) or 2048
-    room = max(1, positions - args.max_new_tokens)
-    prompt = torch.tensor([encode_prompt(tokenizer, example, room)], device=model.device)
+    prompt = torch.tensor([prompt_ids], device=model.device)
     print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     model.eval()

@@ -11,24 +11,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 
 from common import UserError
-from common.download import check_weights
-from common.tokenization import require_model_directory
 
 # transformers renamed the argument in 4.56
 DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 56) else "torch_dtype"
 
 
-def load_model(model_dir: str, device: torch.device, dtype: torch.dtype, block_size: int = 1, hint: str = ""):
+def load_model(model_dir: str, device: torch.device, dtype: torch.dtype, block_size: int = 1):
     """The model of `model_dir` on `device`, its weights in `dtype`.
 
     To train, take float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the products are
     in 16 bit all the same (Accelerator.autocast). The weights are read shard by shard, in the type in which they are
-    stored, and converted on the device. UserError: no such directory, no weights, a weights file cut short, or a
-    `block_size` beyond the positions that the model has.
+    stored, and converted on the device. UserError: the files are no model that transformers reads, or `block_size`
+    is beyond the positions that the model has.
     """
-    require_model_directory(model_dir, hint)
-    if os.path.isdir(model_dir):
-        check_weights(model_dir, hint=hint or "Download it again.")
     try:
         config = AutoConfig.from_pretrained(model_dir)
         positions = getattr(config, "max_position_embeddings", None)
@@ -39,7 +34,7 @@ def load_model(model_dir: str, device: torch.device, dtype: torch.dtype, block_s
         model = AutoModelForCausalLM.from_pretrained(model_dir, config=config, **{DTYPE: "auto"})
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"The model {model_dir} can't be loaded: {reason}. {hint}".strip()) from None
+        raise UserError(f"The model {model_dir} can't be loaded: {reason}.") from None
     # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
     model.generation_config = GenerationConfig()
     stored = next(model.parameters()).dtype

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.batching import IGNORED
-
+IGNORED = -100  # the label of a position that carries no loss, as in common.batching
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
 CHUNK_ELEMENTS = {"cpu": 2**24}
 CHUNK_ELEMENTS_ELSEWHERE = 2**27

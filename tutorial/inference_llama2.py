@@ -16,33 +16,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.accelerator import start_accelerator
 from common.arguments import inference_arguments
-from common.tokenization import load_tokenizer
+from common.download import require_model
+from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import summarization
 from model.generation import stream_answer
 from model.loading import load_model
 
-ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after engineers found
-that two of its five arches have sunk by four centimetres since 2019. The council voted 14 to 3 for the repair on Tuesday
-night. It will cost 9.2 million crowns, a third of which comes from the province.
+ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
+engineers found that two of its five arches have sunk by four centimetres since 2019. The council voted 14 to
+3 for the repair on Tuesday night. It will cost 9.2 million crowns, a third of which comes from the province.
 
-"We waited too long, and waiting has become the expensive choice," said the mayor, Ilse Tarkan, after the vote. Buses
-will take the northern ring road, which adds about 15 minutes to the way into the centre. A free ferry for people on foot
-and on bicycles will cross every ten minutes between six in the morning and midnight.
+"We waited too long, and waiting has become the expensive choice," said the mayor, Ilse Tarkan, after the
+vote. Buses will take the northern ring road, which adds about 15 minutes to the way into the centre. A free
+ferry for people on foot and on bicycles will cross every ten minutes between six in the morning and midnight.
 
-Shopkeepers on the east bank fear for their trade. "Half of my customers walk over that bridge!" said Bram Oduya, who
-sells fishing gear. The council promised to halve the rents of its market stalls until the bridge is open again."""
+Shopkeepers on the east bank fear for their trade. "Half of my customers walk over that bridge!" said Bram
+Oduya, who sells fishing gear. The council promised to halve the rents of its market stalls until the bridge
+is open again."""
 TRAIN = "Run python tutorial/train_llama2.py first."
 
 
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./llama2_summarization")
+    require_model(args.model_name_or_path, hint=TRAIN)
     accelerator = start_accelerator(args.seed)
-    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
-    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
     example = summarization({"article": args.prompt or ARTICLE})
-    stream_answer(model, tokenizer, example, args)
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.accelerator import start_accelerator
 from common.arguments import inference_arguments
-from common.tokenization import load_tokenizer
+from common.download import require_model
+from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import korean_alpaca
 from model.generation import stream_answer
 from model.loading import load_model
@@ -27,13 +28,15 @@ TRAIN = "Run python tutorial/train_llama3_1.py first."
 
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./llama3_1_korean")
+    require_model(args.model_name_or_path, hint=TRAIN)
     accelerator = start_accelerator(args.seed)
-    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
-    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, hint=TRAIN)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
     example = korean_alpaca({"instruction": args.prompt or QUESTION, "input": ""})
-    stream_answer(model, tokenizer, example, args)
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
 
 
 if __name__ == "__main__":

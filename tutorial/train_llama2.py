@@ -18,6 +18,7 @@ import torch
 from common.accelerator import start_accelerator
 from common.arguments import train_arguments
 from common.dataset_cache import load_dataset
+from common.download import require_model
 from common.tokenization import load_tokenizer
 from common.training import make_optimizer, train
 from model.loading import load_model, require_save_dir, save_model
@@ -37,14 +38,16 @@ def main():
         lr=1e-5,
         log_interval=2,
     )
-    require_save_dir(args.save_dir)  # a mistake shows now, and not after hours of training
+    # a mistake shows now, and not after minutes of loading or hours of training
+    require_model(args.model_name_or_path, hint=DOWNLOAD)
+    require_save_dir(args.save_dir)
 
     # before the model is built: on MoAI Platform this turns automatic parallelization on
     accelerator = start_accelerator(args.seed)
 
-    tokenizer = load_tokenizer(args.model_name_or_path, hint=DOWNLOAD)
+    tokenizer = load_tokenizer(args.model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_model(args.model_name_or_path, accelerator.device, torch.float32, args.block_size, hint=DOWNLOAD)
+    model = load_model(args.model_name_or_path, accelerator.device, torch.float32, args.block_size)
 
     optimizer = make_optimizer(model, args)
     loss_module = CausalLMLoss(model, static_shapes=accelerator.static_shapes)

@@ -1,0 +1,146 @@
+"""What the end-to-end tests share: the reader's own words, run in a folder that sees the repository as its root does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("tutorial", "dataset", "common", "model", "requirements")
+TIMEOUT = 240  # seconds, many times what the longest command takes
+NOWHERE = "http://127.0.0.1:9"  # no hub is there: a test that asks the real one by mistake fails, and soon
+
+
+def lay_out(folder):
+    """Make `folder` a working directory for the commands of the pages: the repository's folders under their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        (folder / name).symlink_to(ROOT / name, target_is_directory=True)
+    return folder
+
+
+def environment(**more):
+    """This process's variables less the tester's own settings, plus `more`."""
+    own = re.compile(r"(HF|HUGGING|TRANSFORMERS|PIP|PYTHON|PYTEST|CUBLAS|OMP)_?|.*_proxy$", re.IGNORECASE)
+    kept = {name: value for name, value in os.environ.items() if not own.match(name)}
+    # one thread: two workers share a machine of two cores
+    return {**kept, "OMP_NUM_THREADS": "1", "HF_ENDPOINT": NOWHERE, "PIP_CONFIG_FILE": os.devnull, **more}
+
+
+def words_of(command, words):
+    first, *others = [*shlex.split(command), *map(str, words)]
+    assert first == "python"
+    return others
+
+
+def run(command, *words, cwd, env=None, ok=True):
+    """Run `command`, as the page has it ("python tutorial/..."), with further `words`, in a process of its own.
+
+    ok: it must succeed. None: it may fail.
+    """
+    arguments = [sys.executable, *words_of(command, words)]
+    env = environment(HF_HOME=str(cwd / ".hf_home"), **(env or {}))
+    done = subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT)
+    return checked(done, ok)
+
+
+def start(command, *words, cwd, **env):
+    """As `run`, but does not wait: the Popen. What it prints comes at once."""
+    arguments = [sys.executable, *words_of(command, words)]
+    env = environment(HF_HOME=str(cwd / ".hf_home"), PYTHONUNBUFFERED="1", **env)
+    return subprocess.Popen(arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def checked(done, ok):
+    if ok:
+        assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+# Three of the four seconds of a command go into importing torch and transformers. A process that has imported them, and
+# nothing of this repository, forks: the child becomes the script, which ends by itself, with Python's own exit status.
+SERVER = """
+import json, os, sys
+import torch, pyarrow.parquet
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+print("ready", flush=True)
+while True:
+    line = sys.stdin.readline()
+    if not line:
+        os._exit(0)
+    child = os.fork()
+    if not child:
+        break
+    status = os.waitpid(child, 0)[1]
+    print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), flush=True)
+
+job = json.loads(line)
+for number, path in enumerate((os.devnull, job["out"], job["err"])):
+    os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+os.chdir(job["cwd"])
+os.environ.update(job["env"])
+sys.argv = job["argv"]
+sys.path.insert(0, os.path.dirname(os.path.realpath(sys.argv[0])))
+__import__("runpy").run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+class Warm:
+    """Runs scripts as `run` does, without the three seconds of importing torch."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-c", SERVER],
+            cwd=folder,
+            env=environment(HF_HOME=str(folder / "hf_home")),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert self.answer() == "ready"
+
+    def answer(self):
+        if not select.select([self.process.stdout], [], [], TIMEOUT)[0]:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail(f"no end after {TIMEOUT} s")
+        return self.process.stdout.readline().strip()
+
+    def __call__(self, command, *words, cwd, env=None, ok=True):
+        out, err = self.folder / "out", self.folder / "err"
+        argv = words_of(command, words)
+        job = {"argv": argv, "cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        status = int(self.answer())
+        texts = [path.read_text(encoding="utf-8") for path in (out, err)]
+        return checked(subprocess.CompletedProcess(argv, status, *texts), ok)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    server = Warm(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A fresh working directory for the commands of the pages."""
+    return lay_out(tmp_path / "work")

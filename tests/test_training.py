@@ -1,0 +1,216 @@
+"""The training loop: its schedule, its log, its clock, and what it says when the loss breaks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import re
+from argparse import Namespace
+
+import pytest
+import torch
+
+from common import UserError, training
+from common.accelerator import Accelerator, start_accelerator
+from common.batching import global_batches, label_counts, row_lengths, static_batch
+from common.training import learning_rate_factor, make_optimizer, train
+from model.loading import load_model, save_model
+from model.loss import CausalLMLoss
+from model.tiny import write_tiny
+from tests.test_loss import a_split
+
+CPU = Accelerator(torch.device("cpu"), "test", torch.float32, False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "smollm2-135m"
+    write_tiny("smollm2", path)
+    return str(path)
+
+
+def options(tmp_path, **changed):
+    values = dict(batch_size=4, epochs=1, max_train_steps=0, micro_batch_tokens=200, train_on_prompt=False,
+                  block_size=64, lr=1e-3, weight_decay=0.01, warmup_steps=0, lr_scheduler="constant", seed=0,
+                  max_grad_norm=1.0, log_interval=1, eval_step=0, eval_rows=256, save_dir=str(tmp_path / "out"))  # fmt: skip
+    return Namespace(**{**values, **changed})
+
+
+def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
+    """Train the stand-in on random rows; the model, the records of the log, and what was printed."""
+    args = options(tmp_path, **changed)
+    torch.manual_seed(args.seed)
+    model = load_model(directory, accelerator.device, torch.float32)
+    dataset = {"train": a_split(1, rows=30), "validation": a_split(2, rows=9), "meta": {"template": "alpaca"}}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        train(kind(model, accelerator.static_shapes), make_optimizer(model, args), dataset, args, accelerator)
+    with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
+        return model, [json.loads(line) for line in file], printed.getvalue()
+
+
+def test_log_lines_and_step_totals(directory, tmp_path):
+    _, records, printed = run(directory, tmp_path, epochs=3, log_interval=5, eval_step=10)
+    # 30 rows in batches of 4: 7 steps an epoch, the short batch dropped
+    steps = re.findall(
+        r"^\[Step (\d+)/21\] \| Loss: \d+\.\d{5} \| Duration: \d+\.\d\d \| Throughput: \d+\.\d\d tokens/sec$",
+        printed,
+        re.MULTILINE,
+    )
+    assert steps == ["5", "10", "15", "20", "21"]
+    assert re.findall(r"^\[Step (\d+)/21\] \| Held-out loss: \d+\.\d{5}$", printed, re.M) == ["0", "10", "20", "21"]
+    assert [record["step"] for record in records if "loss" in record] == [5, 10, 15, 20, 21]
+    assert printed.rstrip().splitlines()[-1] == "Training Done"
+    details = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
+    assert details["dataset"] == {"template": "alpaca"} and details["options"]["epochs"] == 3
+
+
+def test_max_train_steps_takes_the_place_of_epochs(directory, tmp_path):
+    for steps in (3, 16):
+        _, records, _ = run(directory, tmp_path, epochs=2, max_train_steps=steps)
+        assert [record["step"] for record in records if "loss" in record][-1] == steps
+
+
+def test_the_loss_falls_and_the_held_out_loss_is_that_of_transformers(directory, tmp_path):
+    model, records, _ = run(directory, tmp_path, epochs=6, eval_rows=5)
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert sum(losses[-7:]) < 0.9 * sum(losses[:7])
+    (batch,) = static_batch(a_split(2, rows=9), list(range(5)), 5, 64, False)
+    model.eval()
+    expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
+    assert abs(records[-1]["held_out_loss"] - expected.item()) < 1e-5
+
+
+def test_same_seed_same_losses_to_the_last_bit(directory, tmp_path):
+    first, second = (run(directory, tmp_path, epochs=2)[1] for _ in range(2))
+    other = run(directory, tmp_path, epochs=2, seed=1)[1]
+    losses = [[record.get("loss", record.get("held_out_loss")) for record in log] for log in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_the_logged_loss_is_the_mean_over_the_label_tokens_since_the_last_line(directory, tmp_path):
+    _, single, _ = run(directory, tmp_path, epochs=1, lr=0.0)
+    _, double, _ = run(directory, tmp_path, epochs=1, lr=0.0, log_interval=7)
+    labels = label_counts(a_split(1, rows=30), False)
+    weights = [int(labels[batch].sum()) for batch in global_batches(30, 4, 0, 0)]
+    losses = [record["loss"] for record in single if "loss" in record]
+    mean = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
+    assert abs(next(record["loss"] for record in double if "loss" in record) - mean) < 1e-5
+
+
+def test_learning_rate_schedules(directory, tmp_path):
+    factors = {
+        name: [learning_rate_factor(step, 10, 2, name) for step in range(10)]
+        for name in ("constant", "linear", "cosine")
+    }
+    for values in factors.values():
+        assert values[:3] == [0.5, 1.0, 1.0]
+    assert factors["constant"][2:] == [1.0] * 8
+    assert factors["linear"][2:] == pytest.approx([1 - n / 8 for n in range(8)])
+    assert factors["cosine"][6] == pytest.approx(0.5) and 0 < factors["cosine"][9] < factors["linear"][9]
+    _, records, _ = run(directory, tmp_path, max_train_steps=10, warmup_steps=2, lr_scheduler="linear", lr=0.5e-3)
+    assert [record["lr"] for record in records if "lr" in record] == pytest.approx(
+        [0.5e-3 * f for f in factors["linear"]]
+    )
+
+
+def test_gradients_are_clipped_to_the_norm(directory, tmp_path, monkeypatch):
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def recording(parameters, limit):
+        parameters = list(parameters)
+        clip(parameters, limit)
+        norms.append(math.sqrt(sum(float((weight.grad**2).sum()) for weight in parameters)))
+
+    monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", recording)
+    run(directory, tmp_path, max_grad_norm=0.01)
+    assert len(norms) == 7 and all(norm <= 0.0101 for norm in norms)
+    run(directory, tmp_path, max_grad_norm=0.0)
+    assert len(norms) == 7  # 0: not clipped
+
+
+def test_norms_and_biases_do_not_decay(directory, tmp_path):
+    model = load_model(directory, torch.device("cpu"), torch.float32)
+    matrices, others = make_optimizer(model, options(tmp_path)).param_groups
+    assert matrices["weight_decay"] == 0.01 and all(weight.dim() == 2 for weight in matrices["params"])
+    assert others["weight_decay"] == 0.0 and all(weight.dim() == 1 for weight in others["params"])
+    assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, monkeypatch):  # fault 9
+    events = []
+
+    class Recording(Accelerator):
+        def synchronize(self):
+            events.append("finished")
+
+    clock = training.perf_counter
+    monkeypatch.setattr(training, "perf_counter", lambda: events.append("clock") or clock())
+    run(directory, tmp_path, Recording(*CPU), eval_rows=0)
+    # at the start; for each line: the device finishes, the line's time is read, the next starts; around the last pass
+    assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + ["clock", "clock"]
+
+
+def test_throughput_counts_no_padding(directory, tmp_path):
+    _, records, _ = run(directory, tmp_path, eval_rows=0, log_interval=7)
+    (record,) = records
+    tokens = sum(int(row_lengths(a_split(1, rows=30))[batch].sum()) for batch in global_batches(30, 4, 0, 0))
+    assert record["tokens_per_second"] * record["duration"] == pytest.approx(tokens)
+
+
+def test_a_loss_that_is_no_number_ends_with_what_to_do(directory, tmp_path):
+    with pytest.raises(UserError, match=r"The loss became (nan|inf) by step \d+\. Take a smaller --lr"):
+        run(directory, tmp_path, epochs=30, lr=1e20, max_grad_norm=0.0)
+
+
+def test_static_shapes_are_static_for_the_short_last_batch_too(directory, tmp_path):
+    shapes = set()
+
+    class Recording(CausalLMLoss):
+        def forward(self, *batch):
+            shapes.update(tensor.shape for tensor in batch)
+            return super().forward(*batch)
+
+    _, static, _ = run(directory, tmp_path, CPU._replace(static_shapes=True), kind=Recording)
+    assert shapes == {torch.Size([4, 64])}
+    _, dynamic, _ = run(directory, tmp_path)
+    assert static[-1]["held_out_loss"] == pytest.approx(dynamic[-1]["held_out_loss"], abs=1e-4)
+
+
+def test_saved_model_has_the_trained_weights_in_the_stored_type(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from common.tokenization import load_tokenizer
+
+    for kind, stored in (("llama3", torch.bfloat16), ("smollm2", torch.float32)):
+        source, target = tmp_path / kind, tmp_path / f"{kind}-out"
+        write_tiny(kind, source)
+        model = load_model(str(source), torch.device("cpu"), torch.float32)
+        assert next(model.parameters()).dtype == torch.float32
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.add_(0.01)
+        expected = {name: weight.to(stored) for name, weight in model.state_dict().items()}
+        target.mkdir()
+        (target / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier, larger model")
+        save_model(model, load_tokenizer(str(source)), str(target))
+        loaded = AutoModelForCausalLM.from_pretrained(target, torch_dtype="auto")
+        assert {name: torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items()} == {
+            name: True for name in expected
+        }
+        assert next(loaded.parameters()).dtype == stored
+        assert [file.name for file in target.glob("*.safetensors")] == ["model.safetensors"]
+        assert loaded.generation_config.eos_token_id == load_tokenizer(str(target)).eos_token_id
+        assert not list(tmp_path.glob("*.incomplete"))
+
+
+def test_the_accelerator_is_seeded_and_told(capsys):
+    accelerator = start_accelerator(11)
+    first = torch.rand(3)
+    start_accelerator(11)
+    assert torch.equal(first, torch.rand(3))
+    assert capsys.readouterr().out.startswith(f"Device: {accelerator.name}, ")
+    assert accelerator.gradient_scaler().is_enabled() == (accelerator.dtype == torch.float16)
