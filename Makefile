@@ -19,12 +19,12 @@ demo: .venv/demo
 smollm2_dataset.pt:
 	$(PY) dataset/prepare_smollm2_dataset.py
 smollm2_code_generation/model.safetensors:
-	$(PY) tutorial/train_smollm2.py --max-train-steps 30 --batch-size 8 --eval-rows 64
+	$(PY) tutorial/train_smollm2.py --max-train-steps 20 --eval-rows 64
 
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .venv/%: requirements/requirements_smollm2.txt requirements/requirements_test.txt requirements/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'

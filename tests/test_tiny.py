@@ -324,11 +324,14 @@ def test_no_samples_is_said_in_one_line(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(HAS_LLAMA3_1, reason="this transformers knows Llama 3.1")
-def test_llama3_1_is_refused_where_the_real_one_would_not_load(tmp_path):
-    with pytest.raises(UserError, match="transformers>=4.43"):
+def test_llama3_1_is_refused_exactly_where_the_real_one_would_not_load(tmp_path):
+    if HAS_LLAMA3_1:
         write_tiny("llama3_1", tmp_path / "llama3.1-8b")
-    assert list(tmp_path.iterdir()) == []
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "llama3.1-8b").config.rope_scaling["factor"] == 8.0
+    else:
+        with pytest.raises(UserError, match="transformers>=4.43"):
+            write_tiny("llama3_1", tmp_path / "llama3.1-8b")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_files_have_the_form_that_old_and_new_libraries_read(folders):

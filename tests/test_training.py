@@ -32,9 +32,11 @@ def directory(tmp_path_factory):
 
 
 def options(tmp_path, **changed):
-    values = dict(batch_size=4, epochs=1, max_train_steps=0, micro_batch_tokens=200, train_on_prompt=False,
-                  block_size=64, lr=1e-3, weight_decay=0.01, warmup_steps=0, lr_scheduler="constant", seed=0,
-                  max_grad_norm=1.0, log_interval=1, eval_step=0, eval_rows=256, save_dir=str(tmp_path / "out"))  # fmt: skip
+    values = {
+        "batch_size": 4, "epochs": 1, "max_train_steps": 0, "micro_batch_tokens": 200, "train_on_prompt": False,
+        "block_size": 64, "lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 0, "lr_scheduler": "constant", "seed": 0,
+        "max_grad_norm": 1.0, "log_interval": 1, "eval_step": 0, "eval_rows": 256, "save_dir": str(tmp_path / "out"),
+    }  # fmt: skip
     return Namespace(**{**values, **changed})
 
 
