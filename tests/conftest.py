@@ -7,6 +7,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,3 +145,21 @@ def warm(tmp_path_factory):
 def folder(tmp_path):
     """A fresh working directory for the commands of the pages."""
     return lay_out(tmp_path / "work")
+
+
+@pytest.fixture(scope="session")
+def base(warm, tmp_path_factory):
+    """A folder in which Llama3's stand-in has been downloaded and its data prepared, in rows of 128 tokens."""
+    folder = lay_out(tmp_path_factory.mktemp("base") / "work")
+    warm("python tutorial/download_llama3_8b.py --tiny", cwd=folder)
+    sample = "dataset/samples/cnn_dailymail"
+    warm(f"python dataset/prepare_llama3_dataset.py --dataset-name-or-path {sample} --block-size 128", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def ready(folder, base):
+    """A fresh working directory with the model directory and the dataset file of `base`, a copy of each."""
+    shutil.copytree(base / "llama3-8b", folder / "llama3-8b")
+    shutil.copy(base / "llama3_dataset.pt", folder)
+    return folder

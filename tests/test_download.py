@@ -16,10 +16,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from tests.hub_server import HubServer
 
 from common import UserError
 from common.download import check_weights
+from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (
