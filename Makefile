@@ -8,17 +8,17 @@ PY = .venv/bin/python
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
-	$(MAKE) --no-print-directory smollm2_dataset.pt
+	@$(MAKE) --no-print-directory smollm2_dataset.pt
 	$(PY) tutorial/inference_smollm2.py --model-name-or-path ./smollm2-135m --max-new-tokens 100
-	$(MAKE) --no-print-directory smollm2_code_generation/model.safetensors
-	$(PY) tutorial/inference_smollm2.py
+	@$(MAKE) --no-print-directory smollm2_code_generation/model.safetensors
+	$(PY) tutorial/inference_smollm2.py --max-new-tokens 100
 	@echo "Held-out loss before and after the training:"
 	grep held_out_loss smollm2_code_generation/training_log.jsonl
 
-# a second `make demo` reuses these two; delete them to make them anew
-smollm2_dataset.pt:
+# a second `make demo` reuses these two, unless the model before them is newer; delete them to make them anew
+smollm2_dataset.pt: smollm2-135m/model.safetensors
 	$(PY) dataset/prepare_smollm2_dataset.py
-smollm2_code_generation/model.safetensors:
+smollm2_code_generation/model.safetensors: smollm2_dataset.pt
 	$(PY) tutorial/train_smollm2.py --max-train-steps 20 --eval-rows 64
 
 test: .venv/test

@@ -7,6 +7,7 @@ Ctrl-C as well.
 
 from __future__ import annotations
 
+import errno
 import sys
 
 
@@ -15,7 +16,13 @@ class UserError(Exception):
 
 
 def _one_line(kind, error, traceback):
-    if issubclass(kind, UserError):
+    if kind.__name__ == "OutOfMemoryError":  # torch's, by name: torch is not imported for its sake
+        error = UserError(
+            "the device's memory is full. Lower --micro-batch-tokens or --block-size, or take a smaller model."
+        )
+    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
+    if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     elif issubclass(kind, KeyboardInterrupt):  # Python itself then ends with the exit status of Ctrl-C (130)

@@ -42,8 +42,8 @@ class Accelerator(NamedTuple):
             torch.cuda.synchronize()
 
 
-def start_accelerator(seed: int) -> Accelerator:
-    """Find the device and make it repeatable: the same seed gives the same losses to the last bit on one machine.
+def start_accelerator(seed: int, repeatable: bool = False) -> Accelerator:
+    """Find the device and seed torch; `repeatable`: the same seed gives the same losses to the last bit on one machine.
 
     To be called before the model is built: on MoAI Platform it turns automatic parallelization on.
     """
@@ -55,9 +55,11 @@ def start_accelerator(seed: int) -> Accelerator:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(seed)
     if torch.cuda.is_available():
-        if moai is None:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            if hasattr(torch.utils, "deterministic"):
+        if moai is None and repeatable:
+            # torch 2.2 has a repeatable backward pass of attention, and takes it only without warn_only
+            strict = hasattr(torch.utils, "deterministic")
+            torch.use_deterministic_algorithms(True, warn_only=not strict)
+            if strict:
                 torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
         # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
         bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
@@ -72,8 +74,11 @@ def start_accelerator(seed: int) -> Accelerator:
 
 
 def _moai():
+    """`torch.moreh`, which comes with the platform's own build of torch, or None."""
+    if hasattr(torch, "moreh"):
+        return torch.moreh
     try:
-        return importlib.import_module("torch.moreh")  # comes with the platform's own build of torch
+        return importlib.import_module("torch.moreh")
     except ImportError:
         return None
 

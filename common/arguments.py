@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+
+from common import UserError
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -24,6 +28,15 @@ def _at_least(least, kind):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def _require_directory(directory: Path, option: str) -> None:
+    """UserError where `directory` is not there and can't be made, or nothing may be written in it."""
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file, so nothing can be saved in {directory}. Give another {option}.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"Nothing may be written in {existing}. Give another {option}.")
 
 
 _COUNT, _COUNT_OR_NONE = _at_least(1, int), _at_least(0, int)
@@ -53,7 +66,12 @@ def prepare_arguments(
     )
     parser.add_argument("--block-size", type=_COUNT, default=block_size, help="tokens of a row at most")
     parser.add_argument("--save-path", default=save_path, help="the dataset file to write")
-    return parser.parse_args()
+    args = parser.parse_args()
+    path = Path(args.save_path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory, so no dataset file can have that name. Give another --save-path.")
+    _require_directory(path.parent, "--save-path")
+    return args
 
 
 def train_arguments(
@@ -85,8 +103,13 @@ def train_arguments(
         default=save_dir,
         help="directory for the trained model, its log and its loss picture",
     )
-    add("--epochs", type=_COUNT, default=epochs, help="times to go through the data")
-    add("--max-train-steps", type=_COUNT_OR_NONE, default=max_train_steps, help="optimizer steps, in place of --epochs")
+    # where a tutorial's length is a number of steps, --epochs alone must still be able to change it
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_COUNT, help=f"times to go through the data (default: {epochs})")
+    steps = max_train_steps or "by the epochs"
+    length.add_argument(
+        "--max-train-steps", type=_COUNT, help=f"optimizer steps, in place of epochs (default: {steps})"
+    )
     add("--batch-size", type=_COUNT, default=batch_size, help="rows of an optimizer step")
     add(
         "--micro-batch-tokens",
@@ -110,7 +133,14 @@ def train_arguments(
     )
     add("--eval-rows", type=_COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
     add("--seed", type=int, default=seed, help="same seed, same machine: same result")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.max_train_steps:
+        args.max_train_steps = 0 if args.epochs else max_train_steps
+    args.epochs = args.epochs or epochs
+    _require_directory(Path(args.save_dir), "--save-dir")  # now, and not after hours of training
+    if Path(args.save_dir).resolve() == Path(args.model_name_or_path).resolve():
+        raise UserError(f"--save-dir {args.save_dir} is the model directory, which would be lost. Give another.")
+    return args
 
 
 def inference_arguments(description: str, model_name_or_path: str) -> argparse.Namespace:
@@ -128,10 +158,14 @@ def inference_arguments(description: str, model_name_or_path: str) -> argparse.N
     add("--temperature", type=_NUMBER, default=0.0, help="0: always the likeliest token (greedy); above: sampled")
     add("--seed", type=int, default=0, help="for sampling")
     args = parser.parse_args()
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("--prompt is empty: give it a text, or leave it out for the script's own sample")
     if args.prompt_file:
         try:
             with open(args.prompt_file, encoding="utf-8") as file:
                 args.prompt = file.read().strip()
         except (OSError, UnicodeDecodeError) as error:
             parser.error(f"--prompt-file {args.prompt_file} can't be read as UTF-8 text: {error}")
+        if not args.prompt:
+            parser.error(f"--prompt-file {args.prompt_file} is empty: give a file with a text")
     return args

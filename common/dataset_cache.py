@@ -39,7 +39,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     from transformers import __version__ as transformers_version
 
     block_size, path = args.block_size, Path(args.save_path)
-    require_writable_file(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
@@ -97,20 +97,6 @@ def _flat(rows: Iterable[Tuple[list, int]], scratch_file: str) -> Tuple[Dict[str
         "answer_starts": torch.tensor(answer_starts, dtype=torch.int32),
     }
     return split, digest.hexdigest()
-
-
-def require_writable_file(path: Path) -> None:
-    """UserError, before any work is done, where no file can be written at `path`."""
-    if path.is_dir():
-        raise UserError(
-            f"{path} is a directory, so no dataset file can be saved under that name. Give another --save-path."
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        raise UserError(
-            f"{path.parent} is not a directory, so {path.name} can't be saved in it. Give another --save-path."
-        ) from None
 
 
 def load_dataset(path: str, tokenizer, block_size: int, hint: str = "") -> dict:

@@ -63,7 +63,10 @@ class TrainingLog:
 
     def finish(self, options: dict, dataset_meta: dict, device: str) -> None:
         """Draw training_loss.png and write run.json: everything that is needed to run the same again."""
-        draw_losses(self.records, self.directory / "training_loss.png")
+        try:
+            draw_losses(self.records, self.directory / "training_loss.png")
+        except Exception as error:  # a picture is not worth a trained model, which is saved after this
+            print(f"training_loss.png was not drawn: {error}")
         run = {
             "command": sys.argv,
             "options": options,

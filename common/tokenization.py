@@ -11,6 +11,7 @@ from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tup
 from common import UserError
 from common.download import require_model_directory
 
+_ENCODING = {"split_special_tokens": True, "verbose": False}
 ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
 
 
@@ -21,20 +22,26 @@ class Example(NamedTuple):
     answer: Optional[str]
 
 
-def load_tokenizer(model_dir: str, hint: str = ""):
-    """The tokenizer of a model directory (or of a hub id). UserError, ending in `hint`, where there is none."""
-    from transformers import AutoTokenizer
+def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
+    """The tokenizer of a model directory (or of a hub id). UserError, ending in `hint`, where there is none, and where
+    `block_size` is beyond the positions that the model has."""
+    from transformers import AutoConfig, AutoTokenizer
 
     require_model_directory(model_dir, hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
+        positions = getattr(AutoConfig.from_pretrained(model_dir), "max_position_embeddings", None)
+    except Exception as error:  # a file of another version fails as a bare Exception
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
+    if positions is not None and block_size > positions:
+        raise UserError(f"--block-size {block_size} is beyond the {positions} positions of {model_dir}; take fewer.")
+    # text that looks like a special token (`</s>`, `<|endoftext|>`) stays text; see _ENCODING for newer transformers
+    tokenizer.backend_tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -91,7 +98,12 @@ def _apply(template, row: dict) -> Example:
 
 
 def _text(value) -> str:
-    return "" if value is None else str(value)
+    if isinstance(value, (list, dict)):
+        raise UserError(
+            f"A column of the dataset holds {str(value)[:40]!r}, which is not text. Make it one string a row."
+        )
+    # half an emoji, as scraped text has them, is legal in JSON and in no encoding
+    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
 
 
 def _encode(tokenizer, examples: List[Example], block_size: int, counts: Counter) -> List[Tuple[List[int], int]]:
@@ -123,7 +135,7 @@ def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
     """
     pieces = list(pieces)
     while True:
-        encoding = tokenizer("".join(pieces), return_offsets_mapping=True, verbose=False)
+        encoding = tokenizer("".join(pieces), return_offsets_mapping=True, **_ENCODING)
         ids = _without_end(tokenizer, encoding["input_ids"])
         place = max((place for place in range(1, len(pieces), 2) if pieces[place]), default=None)
         if len(ids) <= limit or place is None:
@@ -143,7 +155,7 @@ def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int
         add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
-        verbose=False,
+        **_ENCODING,
     )
     return [_without_end(tokenizer, ids) if add_special_tokens else ids for ids in encoding["input_ids"]]
 

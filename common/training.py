@@ -14,15 +14,15 @@ from common.batching import global_batches, label_counts, micro_batches, row_len
 from common.progress import TrainingLog
 
 
-def make_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.optim.Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) over the trainable weights; norms and biases don't decay."""
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trainable if weight.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [weight for weight in trainable if weight.dim() < 2], "weight_decay": 0.0},
     ]
-    try:  # one kernel for all weights: since torch 2.0 on CUDA, since 2.4 on CPU
-        return torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    try:  # one kernel for all weights: since torch 2.0 on CUDA, since 2.4 on CPU; MoAI makes its own
+        return torch.optim.AdamW(groups, lr=args.lr, fused=not accelerator.static_shapes)
     except (TypeError, RuntimeError):
         return torch.optim.AdamW(groups, lr=args.lr)
 
@@ -111,6 +111,7 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
                 loss_sum.zero_()
                 labels, tokens, start = 0, 0, perf_counter()
             if step == total_steps or (args.eval_step and step % args.eval_step == 0):
+                accelerator.synchronize()
                 paused = perf_counter()
                 evaluate(loss_module, held_out, log, step)
                 start += perf_counter() - paused

@@ -32,7 +32,11 @@ def main():
         save_path="./llama3_dataset.pt",
     )
     print("Loading Tokenizer...")
-    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_llama3_8b.py first.")
+    tokenizer = load_tokenizer(
+        args.model_name_or_path,
+        args.block_size,
+        hint="Run python tutorial/download_llama3_8b.py first, or add --model-name-or-path ./llama3-70b",
+    )
 
     print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)

@@ -30,7 +30,9 @@ def main():
         save_path="./mistral_dataset.pt",
     )
     print("Loading Tokenizer...")
-    tokenizer = load_tokenizer(args.model_name_or_path, hint="Run python tutorial/download_mistral_7b.py first.")
+    tokenizer = load_tokenizer(
+        args.model_name_or_path, args.block_size, hint="Run python tutorial/download_mistral_7b.py first."
+    )
 
     print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)

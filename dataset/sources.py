@@ -32,7 +32,12 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
         splits = _folder(path)
     elif path.suffix in SUFFIXES and path.is_file():
         splits = {"train": FileRows(path)}
-    elif path.exists() or path.suffix in SUFFIXES or name_or_path.startswith((".", "/", "~")):
+    elif (
+        path.exists()
+        or path.suffix in SUFFIXES
+        or name_or_path.startswith((".", "/", "~"))
+        or name_or_path.count("/") > 1
+    ):
         what = "is not a file of these" if path.exists() else "does not exist"
         raise UserError(
             f"{name_or_path} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
@@ -78,7 +83,7 @@ class FileRows:
             raise UserError(f"{self.path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
 
     def _jsonl(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -89,7 +94,7 @@ class FileRows:
                         ) from None
 
     def _json(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, encoding="utf-8-sig") as file:
             if file.read(4096).lstrip()[:1] != "[":  # many .json files on the hub are JSON lines
                 yield from self._jsonl()
                 return
@@ -116,7 +121,7 @@ class FileRows:
         try:
             for batch in pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{self.path} is not a valid .parquet file: {str(error).splitlines()[0]}") from None
 
 
@@ -136,10 +141,10 @@ def _folder(path: Path) -> Dict[str, Iterable[dict]]:
 
 def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     import datasets
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     try:
-        revision = HfApi().dataset_info(name).sha
+        revision = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
         revision = None
     try:

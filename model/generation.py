@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from typing import List
 
 import torch
 from transformers import TextStreamer
+
+from common import UserError
+
+
+def prompt_room(model, max_new_tokens: int) -> int:
+    """Tokens that a prompt may have, so that the answer still fits into the model's positions. UserError if none."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if max_new_tokens >= positions:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has {positions} positions."
+        )
+    return positions - max_new_tokens
 
 
 @torch.no_grad()

@@ -43,7 +43,10 @@ class CausalLMLoss(nn.Module):
         hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         chosen = targets != IGNORED
         head = self.model.get_output_embeddings()
-        return _ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], head.weight, head.bias, targets[chosen])
+        weight, bias = head.weight, head.bias
+        if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        return _ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen])
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

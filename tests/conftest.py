@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: the reader's own words, run in a folder that sees the repository as its root does."""
+"""What the end-to-end tests share: the reader's own words, run in a folder that looks like the repository's root."""
 
 from __future__ import annotations
 
@@ -86,6 +86,7 @@ while True:
     status = os.waitpid(child, 0)[1]
     print(os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), flush=True)
 
+__import__("gc").freeze()  # else the end of each child looks through all that the server has imported, 0.7 s
 job = json.loads(line)
 for number, path in enumerate((os.devnull, job["out"], job["err"])):
     os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

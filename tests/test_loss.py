@@ -137,6 +137,17 @@ def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(bui
     assert max(products) == 7 and sum(products) == int(label_counts(split, False).sum())
 
 
+def test_an_evaluation_makes_no_gradients(build, monkeypatch):
+    made, zeros_like = [], torch.zeros_like
+    monkeypatch.setattr(loss_file.torch, "zeros_like", lambda tensor: made.append(tensor) or zeros_like(tensor))
+    module = CausalLMLoss(build("llama3"))
+    (batch,) = micro_batches(a_split(), list(range(12)), 10_000, False)
+    with torch.no_grad():
+        without = module(*batch)
+    assert not made
+    assert torch.equal(module(*batch), without) and made
+
+
 def test_bfloat16_products_come_close(build):
     model, split = build("llama3").eval(), a_split()
     expected, _ = one_padded_batch(model, split, False)

@@ -110,10 +110,33 @@ def test_a_block_without_room_for_the_frame_is_refused(tokenizers):
 
 
 def test_rows_without_an_answer_are_dropped_and_counted(tokenizers):
-    rows = [{"instruction": "a", "output": text} for text in ("yes", "", None, " \n", "no")] + [{"instruction": "a"}]
+    rows = [{"instruction": "a", "output": text} for text in ("yes", "", None, " \n", "no")]
     counts = Counter()
     assert len(list(encode_rows(rows, instruction, tokenizers["gpt"], 64, counts))) == 2
-    assert counts["dropped"] == 4 and counts["rows"] == 2
+    assert counts["dropped"] == 3 and counts["rows"] == 2
+
+
+def test_a_missing_answer_column_is_named_with_those_there_are(tokenizers):
+    with pytest.raises(UserError, match="no column 'output'; it has: instruction, response"):
+        list(encode_rows([{"instruction": "a", "response": "b"}], instruction, tokenizers["gpt"], 64, Counter()))
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_text_that_looks_like_a_special_token_stays_text(kind, tokenizers):
+    tokenizer = tokenizers[kind]
+    text = f"<s>struck</s> {tokenizer.eos_token} and {tokenizer.bos_token}!"
+    ((ids, start),) = encode_rows([{"instruction": text, "output": text}], instruction, tokenizer, 512, Counter())
+    assert tokenizer.eos_token_id not in ids[:-1] and tokenizer.bos_token_id not in ids[1:-1]
+    assert tokenizer.decode(ids[start:-1]).strip() == text
+
+
+def test_half_an_emoji_is_replaced_and_a_list_refused(tokenizers):
+    ((ids, start),) = encode_rows(
+        [{"instruction": "a", "output": "b\ud83d"}], instruction, tokenizers["gpt"], 64, Counter()
+    )
+    assert tokenizers["gpt"].decode(ids[start:-1]) == "b?"
+    with pytest.raises(UserError, match="not text"):
+        list(encode_rows([{"instruction": "a", "output": ["b"]}], instruction, tokenizers["gpt"], 64, Counter()))
 
 
 def test_an_end_token_that_the_tokenizer_adds_itself_does_not_end_the_prompt(tokenizers, tmp_path):
@@ -140,7 +163,7 @@ def test_a_question_has_the_ids_of_the_training_prompt(kind, tokenizers):  # fau
     for block in (4096, 160):
         encoded = encode_rows(rows[:8], template, tokenizers[kind], block, Counter())
         for row, (ids, start) in zip(rows, encoded):
-            question = template({name: value for name, value in row.items() if name not in ("output", "highlights")})
+            question = template({**row, "output": "", "highlights": ""})
             asked = encode_prompt(tokenizers[kind], question, start)
             if block == 4096:
                 assert asked == ids[:start]

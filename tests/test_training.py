@@ -6,7 +6,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
+import shutil
+import tempfile
 from argparse import Namespace
 
 import pytest
@@ -16,7 +19,7 @@ from common import UserError, training
 from common.accelerator import Accelerator, start_accelerator
 from common.batching import global_batches, label_counts, row_lengths, static_batch
 from common.training import learning_rate_factor, make_optimizer, train
-from model.loading import load_model, save_model
+from model.loading import load_model, require_disk, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.test_loss import a_split
@@ -48,7 +51,9 @@ def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
     dataset = {"train": a_split(1, rows=30), "validation": a_split(2, rows=9), "meta": {"template": "alpaca"}}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        train(kind(model, accelerator.static_shapes), make_optimizer(model, args), dataset, args, accelerator)
+        train(
+            kind(model, accelerator.static_shapes), make_optimizer(model, args, accelerator), dataset, args, accelerator
+        )
     with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
         return model, [json.loads(line) for line in file], printed.getvalue()
 
@@ -136,7 +141,7 @@ def test_gradients_are_clipped_to_the_norm(directory, tmp_path, monkeypatch):
 
 def test_norms_and_biases_do_not_decay(directory, tmp_path):
     model = load_model(directory, torch.device("cpu"), torch.float32)
-    matrices, others = make_optimizer(model, options(tmp_path)).param_groups
+    matrices, others = make_optimizer(model, options(tmp_path), CPU).param_groups
     assert matrices["weight_decay"] == 0.01 and all(weight.dim() == 2 for weight in matrices["params"])
     assert others["weight_decay"] == 0.0 and all(weight.dim() == 1 for weight in others["params"])
     assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
@@ -153,7 +158,7 @@ def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, mo
     monkeypatch.setattr(training, "perf_counter", lambda: events.append("clock") or clock())
     run(directory, tmp_path, Recording(*CPU), eval_rows=0)
     # at the start; for each line: the device finishes, the line's time is read, the next starts; around the last pass
-    assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + ["clock", "clock"]
+    assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + ["finished", "clock", "clock"]
 
 
 def test_throughput_counts_no_padding(directory, tmp_path):
@@ -206,7 +211,48 @@ def test_saved_model_has_the_trained_weights_in_the_stored_type(tmp_path):
         assert next(loaded.parameters()).dtype == stored
         assert [file.name for file in target.glob("*.safetensors")] == ["model.safetensors"]
         assert loaded.generation_config.eos_token_id == load_tokenizer(str(target)).eos_token_id
-        assert not list(tmp_path.glob("*.incomplete"))
+        assert not list(target.glob(".*"))
+
+
+def test_the_trained_model_reaches_another_disk(directory, tmp_path):
+    from common.tokenization import load_tokenizer
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (tmp_path / "out").symlink_to(disk, target_is_directory=True)
+        assert os.stat(disk).st_dev != os.stat(tmp_path).st_dev
+        model = load_model(directory, torch.device("cpu"), torch.float32)
+        save_model(model, load_tokenizer(directory), str(tmp_path / "out"))
+        assert os.path.getsize(f"{disk}/model.safetensors") > 100_000
+
+
+def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, tmp_path):
+    model = load_model(directory, torch.device("cpu"), torch.float32)
+    require_disk(model, str(tmp_path / "new" / "out"))
+    with pytest.raises(UserError, match="takes .* GB, and the disk of /proc/out has 0.0 GB free"):
+        require_disk(model, "/proc/out")
+
+
+def test_half_precision_leaves_the_buffers_alone(directory):
+    from transformers import AutoModelForCausalLM
+
+    ours = load_model(directory, torch.device("cpu"), torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.bfloat16)
+    dtypes = {name: buffer.dtype for name, buffer in theirs.named_buffers()}
+    assert {name: buffer.dtype for name, buffer in ours.named_buffers()} == dtypes and dtypes
+    assert {weight.dtype for weight in ours.parameters()} == {torch.bfloat16}
+    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+
+
+def test_weights_that_are_missing_are_named(directory, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(directory, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    del weights[name]
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"lack {name}"):
+        load_model(str(tmp_path / "model"), torch.device("cpu"), torch.float32)
 
 
 def test_the_accelerator_is_seeded_and_told(capsys):

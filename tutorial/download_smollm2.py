@@ -38,9 +38,8 @@ def main():
     if is_complete(args.save_dir):
         print(f"{args.save_dir} is complete already.")
         return
-    from model.loading import require_save_dir, save_model
+    from model.loading import save_model
 
-    require_save_dir(args.save_dir)
     with tempfile.TemporaryDirectory() as scratch:
         print(f"Downloading {args.model_name} (98 MB)...")
         gguf = download_gguf(args.model_name, scratch)

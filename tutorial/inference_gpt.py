@@ -19,12 +19,12 @@ from common.arguments import inference_arguments
 from common.download import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import instruction
-from model.generation import stream_answer
+from model.generation import prompt_room, stream_answer
 from model.loading import load_model
 
 TASK = """Write a Python function that merges two sorted lists of numbers into one sorted list without calling sort.
 It must work when one of the lists is empty, and take time in proportion to their lengths."""
-TRAIN = "Run python tutorial/train_gpt.py first."
+TRAIN = "Run python tutorial/train_gpt.py first, or give a directory with --model-name-or-path."
 
 
 def main():
@@ -35,9 +35,9 @@ def main():
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
-    example = instruction({"instruction": args.prompt or TASK})
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
+    example = instruction({"instruction": args.prompt or TASK, "output": ""})
+    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
+    stream_answer(model, tokenizer, prompt, args)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common.arguments import inference_arguments
 from common.download import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import summarization
-from model.generation import stream_answer
+from model.generation import prompt_room, stream_answer
 from model.loading import load_model
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
@@ -33,7 +33,7 @@ ferry for people on foot and on bicycles will cross every ten minutes between si
 Shopkeepers on the east bank fear for their trade. "Half of my customers walk over that bridge!" said Bram
 Oduya, who sells fishing gear. The council promised to halve the rents of its market stalls until the bridge
 is open again."""
-TRAIN = "Run python tutorial/train_llama2.py first."
+TRAIN = "Run python tutorial/train_llama2.py first, or give a directory with --model-name-or-path."
 
 
 def main():
@@ -44,9 +44,9 @@ def main():
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
-    example = summarization({"article": args.prompt or ARTICLE})
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
+    example = summarization({"article": args.prompt or ARTICLE, "highlights": ""})
+    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
+    stream_answer(model, tokenizer, prompt, args)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from common.arguments import inference_arguments
 from common.download import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import korean_alpaca
-from model.generation import stream_answer
+from model.generation import prompt_room, stream_answer
 from model.loading import load_model
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
-TRAIN = "Run python tutorial/train_llama3_1.py first."
+TRAIN = "Run python tutorial/train_llama3_1.py first, or give a directory with --model-name-or-path."
 
 
 def main():
@@ -34,9 +34,9 @@ def main():
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
-    example = korean_alpaca({"instruction": args.prompt or QUESTION, "input": ""})
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
+    example = korean_alpaca({"instruction": args.prompt or QUESTION, "input": "", "output": ""})
+    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
+    stream_answer(model, tokenizer, prompt, args)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ from common.arguments import inference_arguments
 from common.download import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import alpaca
-from model.generation import stream_answer
+from model.generation import prompt_room, stream_answer
 from model.loading import load_model
 
 TASK = "Return a list of the even numbers in a sequence, in their order."
-TRAIN = "Run python tutorial/train_smollm2.py first."
+TRAIN = "Run python tutorial/train_smollm2.py first, or give a directory with --model-name-or-path."
 
 
 def main():
@@ -34,9 +34,9 @@ def main():
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned
-    example = alpaca({"instruction": args.prompt or TASK, "input": ""})
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    stream_answer(model, tokenizer, encode_prompt(tokenizer, example, room), args)
+    example = alpaca({"instruction": args.prompt or TASK, "input": "", "output": ""})
+    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
+    stream_answer(model, tokenizer, prompt, args)
 
 
 if __name__ == "__main__":

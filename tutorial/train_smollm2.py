@@ -21,7 +21,7 @@ from common.dataset_cache import load_dataset
 from common.download import require_model
 from common.tokenization import load_tokenizer
 from common.training import make_optimizer, train
-from model.loading import load_model, require_save_dir, save_model
+from model.loading import load_model, require_disk, save_model
 from model.loss import CausalLMLoss
 
 DOWNLOAD = "Run python tutorial/download_smollm2.py first."
@@ -41,18 +41,17 @@ def main():
         warmup_steps=5,
         log_interval=1,
     )
-    # a mistake shows now, and not after minutes of loading or hours of training
     require_model(args.model_name_or_path, hint=DOWNLOAD)
-    require_save_dir(args.save_dir)
 
     # before the model is built: on MoAI Platform this turns automatic parallelization on
-    accelerator = start_accelerator(args.seed)
+    accelerator = start_accelerator(args.seed, repeatable=True)
 
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_model(args.model_name_or_path, accelerator.device, torch.float32, args.block_size)
+    model = load_model(args.model_name_or_path, accelerator.device, torch.float32)
+    require_disk(model, args.save_dir)
 
-    optimizer = make_optimizer(model, args)
+    optimizer = make_optimizer(model, args, accelerator)
     loss_module = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
     train(loss_module, optimizer, dataset, args, accelerator)
 

@@ -58,7 +58,7 @@ def measure(kind: str, dataset_file: str, steps: int) -> None:
     if kind == "earlier loop":
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     else:
-        module, optimizer = CausalLMLoss(model), make_optimizer(model, args)
+        module, optimizer = CausalLMLoss(model), make_optimizer(model, args, accelerator)
     tokens = 0
     for number, rows in enumerate(global_batches(len(lengths), BATCH, 0, 0)[: steps + 1]):
         if number == 1:
