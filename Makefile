@@ -24,7 +24,7 @@ smollm2_code_generation/model.safetensors: smollm2_dataset.pt
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .venv/%: requirements/requirements_smollm2.txt requirements/requirements_test.txt requirements/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from pathlib import Path
 
@@ -22,8 +23,8 @@ def _at_least(least, kind):
 
     def parse(text: str):
         value = kind(text)
-        if not value >= least:  # NaN fails as well
-            raise argparse.ArgumentTypeError(f"{text} is too small, it must be {least} or more")
+        if not least <= value < math.inf:  # NaN fails as well
+            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be a number from {least} up")
         return value
 
     parse.__name__ = kind.__name__

@@ -39,7 +39,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     from transformers import __version__ as transformers_version
 
     block_size, path = args.block_size, Path(args.save_path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the nearest directory that there is: a refused dataset leaves no empty directories
+    existing = next(parent for parent in path.absolute().parents if parent.is_dir())
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
@@ -52,7 +53,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
         "sha256": {},
     }
     document = {"format": FORMAT, "version": VERSION, "meta": meta}
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+    with tempfile.TemporaryDirectory(dir=existing, prefix=f".{path.name}.") as scratch:
         for name, rows in splits.items():
             counts = Counter({"rows": 0, "tokens": 0, "prompts cut": 0, "answers cut": 0, "dropped": 0})
             encoded = encode_rows(rows, template, tokenizer, block_size, counts)
@@ -73,6 +74,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
             torch.save(document, file)
             file.flush()
             os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(temporary, path)
     print(f"Dataset saved as {args.save_path}")
 
@@ -116,19 +118,25 @@ def load_dataset(path: str, tokenizer, block_size: int, hint: str = "") -> dict:
         raise UserError(f"{path} is not a dataset file of these tutorials. {again}")
     if document.get("version") != VERSION:
         raise UserError(f"{path} has format version {document.get('version')}, these scripts read {VERSION}. {again}")
-    meta = document["meta"]
-    if meta["tokenizer"] != fingerprint(tokenizer):
-        raise UserError(
-            f"{path} was made with another tokenizer (that of {meta['model']}), so its ids mean other text. {again}"
+    try:
+        meta = document["meta"]
+        made_with, model, longest = meta["tokenizer"], meta["model"], meta["block_size"]
+        whole = all(
+            len(document[name]["offsets"]) == len(document[name]["answer_starts"]) + 1
+            and int(document[name]["offsets"][-1]) == len(document[name]["input_ids"])
+            for name in ("train", "validation")
         )
-    if meta["block_size"] > block_size:
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: its rows don't fit its tokens. {again}")
+    if made_with != fingerprint(tokenizer):
         raise UserError(
-            f"{path} has rows of up to {meta['block_size']} tokens, more than --block-size {block_size}. "
-            f"Train with --block-size {meta['block_size']}, or prepare it again with --block-size {block_size}."
+            f"{path} was made with another tokenizer (that of {model}), so its ids mean other text. {again}"
         )
-    for name in ("train", "validation"):
-        split = document[name]
-        rows = len(split["answer_starts"])
-        if len(split["offsets"]) != rows + 1 or int(split["offsets"][-1]) != len(split["input_ids"]):
-            raise UserError(f"{path} is cut short: its {name} rows don't fit its tokens. {again}")
+    if longest > block_size:
+        raise UserError(
+            f"{path} has rows of up to {longest} tokens, more than --block-size {block_size}. "
+            f"Train with --block-size {longest}, or prepare it again with --block-size {block_size}."
+        )
     return document

@@ -115,6 +115,10 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
                 paused = perf_counter()
                 evaluate(loss_module, held_out, log, step)
                 start += perf_counter() - paused
+    if not all(torch.isfinite(weight).all() for weight in loss_module.parameters()):  # in the very last step
+        raise UserError(
+            "The training broke: weights are no numbers any more. Take a smaller --lr, or more --warmup-steps."
+        )
     print("Training Done")
     log.finish(vars(args), dataset["meta"], accelerator.name)
 

@@ -3,7 +3,7 @@
     python dataset/prepare_llama3_dataset.py
     python dataset/prepare_llama3_dataset.py --dataset-name-or-path dataset/samples/cnn_dailymail
 
-Both sizes have the same tokenizer: one file serves both. Who has only the 70B adds --model-name-or-path ./llama3-70b
+Both sizes have the same tokenizer: one file serves both, and the tokenizer of either makes it.
 
 Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
 dataset/templates.py: summarization(), or a folder with a train and a validation file of that kind.
@@ -26,7 +26,9 @@ from dataset.templates import summarization
 def main():
     args = prepare_arguments(
         __doc__,
-        model_name_or_path="./llama3-8b",
+        model_name_or_path=next(
+            (path for path in ("./llama3-8b", "./llama3-70b") if Path(path).is_dir()), "./llama3-8b"
+        ),
         dataset_name_or_path="abisee/cnn_dailymail",
         block_size=1024,
         save_path="./llama3_dataset.pt",
@@ -35,7 +37,7 @@ def main():
     tokenizer = load_tokenizer(
         args.model_name_or_path,
         args.block_size,
-        hint="Run python tutorial/download_llama3_8b.py first, or add --model-name-or-path ./llama3-70b",
+        hint="Run python tutorial/download_llama3_8b.py or download_llama3_70b.py first.",
     )
 
     print("Downloading dataset...")

@@ -5,7 +5,8 @@
     python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b
     python tutorial/inference_llama3.py --model-name-or-path ./llama3_70b_summarization
 
-The second asks with your own text, the third asks the untrained model, to compare.
+The second asks with your own text, the third asks the untrained model, to compare. The fourth asks the 70B, which is
+also what the first does where there is no trained 8B.
 """
 
 from __future__ import annotations
@@ -34,14 +35,19 @@ ferry for people on foot and on bicycles will cross every ten minutes between si
 Shopkeepers on the east bank fear for their trade. "Half of my customers walk over that bridge!" said Bram
 Oduya, who sells fishing gear. The council promised to halve the rents of its market stalls until the bridge
 is open again."""
-TRAIN = "Run python tutorial/train_llama3.py first, or give a directory with --model-name-or-path."
+TRAIN = (
+    "Run python tutorial/train_llama3.py or train_llama3_70b.py first, or give a directory with --model-name-or-path."
+)
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./llama3_summarization")
+    trained = ("./llama3_summarization", "./llama3_70b_summarization")
+    args = inference_arguments(
+        __doc__, model_name_or_path=next((path for path in trained if Path(path).is_dir()), trained[0])
+    )
     require_model(args.model_name_or_path, hint=TRAIN)
     accelerator = start_accelerator(args.seed)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned

@@ -30,7 +30,7 @@ def main():
     args = inference_arguments(__doc__, model_name_or_path="./smollm2_code_generation")
     require_model(args.model_name_or_path, hint=TRAIN)
     accelerator = start_accelerator(args.seed)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
 
     # the template of the training, so that the model is asked in the format in which it learned

@@ -13,8 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-import torch
-
 from common.accelerator import start_accelerator
 from common.arguments import train_arguments
 from common.dataset_cache import load_dataset
@@ -43,9 +41,9 @@ def main():
     # before the model is built: on MoAI Platform this turns automatic parallelization on
     accelerator = start_accelerator(args.seed, repeatable=True)
 
-    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size)
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_model(args.model_name_or_path, accelerator.device, torch.float32)
+    model = load_model(args.model_name_or_path, accelerator.device)
     require_disk(model, args.save_dir)
 
     optimizer = make_optimizer(model, args, accelerator)
