@@ -24,7 +24,7 @@ def _at_least(least, kind):
     def parse(text: str):
         value = kind(text)
         if not least <= value < math.inf:  # NaN fails as well
-            raise argparse.ArgumentTypeError(f"{text} is out of range, it must be a number from {least} up")
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least} or more, and finite")
         return value
 
     parse.__name__ = kind.__name__
@@ -105,12 +105,9 @@ def train_arguments(
         help="directory for the trained model, its log and its loss picture",
     )
     # where a tutorial's length is a number of steps, --epochs alone must still be able to change it
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=_COUNT, help=f"times to go through the data (default: {epochs})")
+    add("--epochs", type=_COUNT, help=f"times to go through the data (default: {epochs})")
     steps = max_train_steps or "by the epochs"
-    length.add_argument(
-        "--max-train-steps", type=_COUNT, help=f"optimizer steps, in place of epochs (default: {steps})"
-    )
+    add("--max-train-steps", type=_COUNT, help=f"optimizer steps, in place of epochs (default: {steps})")
     add("--batch-size", type=_COUNT, default=batch_size, help="rows of an optimizer step")
     add(
         "--micro-batch-tokens",

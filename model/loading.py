@@ -19,9 +19,10 @@ DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 5
 def load_model(model_dir: str, device: torch.device, dtype: torch.dtype = torch.float32):
     """The model of `model_dir` on `device`, its weights in `dtype`.
 
-    To train, leave it at float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the products are
-    in 16 bit all the same (Accelerator.autocast). The weights are read shard by shard, in the type in which they are
-    stored, and converted on the device. UserError: the files are no model that transformers reads, or not all of it.
+    To train, leave it at float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the
+    products are in 16 bit all the same (Accelerator.autocast). The weights are read shard by shard, in the type in
+    which they are stored, and converted on the device. UserError: the files are no model that transformers reads, or
+    not all of it.
     """
     try:
         model, info = AutoModelForCausalLM.from_pretrained(model_dir, output_loading_info=True, **{DTYPE: "auto"})
