@@ -19,7 +19,7 @@ demo: .venv/demo
 smollm2_dataset.pt: smollm2-135m/model.safetensors
 	$(PY) dataset/prepare_smollm2_dataset.py
 smollm2_code_generation/model.safetensors: smollm2_dataset.pt
-	$(PY) tutorial/train_smollm2.py --max-train-steps 20 --eval-rows 64
+	$(PY) tutorial/train_smollm2.py --max-train-steps 20 --eval-step 10 --eval-rows 64
 
 test: .venv/test
 	.venv/bin/ruff check .

@@ -93,7 +93,8 @@ def draw_losses(records: list, path: Path) -> None:
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points), style, label=label)
-    axes.set(xlabel="optimizer step", ylabel="loss per token", title="Training loss")
+    axes.set(xlabel="optimizer step", ylabel="loss per token", title="Loss")
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()

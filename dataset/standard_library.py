@@ -10,8 +10,19 @@ import textwrap
 import zlib
 from typing import Dict, Iterator, List, Tuple
 
-# installed packages, tests, examples and generated tables are not what one wants to learn from
-LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings"}
+# installed packages, tests, examples and generated tables are not what one wants to learn from; distutils is gone since
+# Python 3.12; and what begins with _py is a second implementation of a module in C, function for function
+LEFT_OUT = {
+    "site-packages",
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "pydoc_data",
+    "encodings",
+    "distutils",
+}
 HELD_OUT_PERCENT = 5
 
 
@@ -46,7 +57,7 @@ def _modules(root: str) -> Iterator[Tuple[str, str]]:
     for directory, subdirectories, files in os.walk(root):
         subdirectories[:] = sorted(set(subdirectories) - LEFT_OUT)
         for file in sorted(files):
-            if file.endswith(".py"):
+            if file.endswith(".py") and not file.startswith("_py"):
                 path = os.path.join(directory, file)
                 yield os.path.relpath(path, root).split(os.sep)[0].replace(".py", ""), path
 
