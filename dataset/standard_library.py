@@ -27,8 +27,9 @@ HELD_OUT_PERCENT = 5
 
 
 def standard_library_splits() -> Dict[str, List[dict]]:
-    """{"train": rows, "validation": rows}; a row has `instruction` (the docstring), `input` (""), `output` (the code).
+    """{"train": rows, "validation": rows}; a row has `instruction` (the docstring), `input`, `output` (the code).
 
+    The input of a method is its signature, because no docstring tells that it is a method; that of a function is empty.
     Whole modules are held out, not rows, and a held-out function whose docstring or code also occurs in training
     (modules borrow from each other) is dropped: no held-out function has a twin in training.
     """
@@ -38,8 +39,8 @@ def standard_library_splits() -> Dict[str, List[dict]]:
         for module, path in _modules(sysconfig.get_paths()["stdlib"]):
             # by name, so that every machine holds out the same; a package goes as a whole
             held_out = zlib.crc32(module.encode()) % 100 < HELD_OUT_PERCENT
-            for docstring, code in _functions(path):
-                row = {"instruction": docstring, "input": "", "output": code}
+            for docstring, signature, code in _functions(path):
+                row = {"instruction": docstring, "input": signature, "output": code}
                 splits["validation" if held_out else "train"].setdefault((docstring, code), row)
     finally:
         gc.enable()
@@ -62,8 +63,8 @@ def _modules(root: str) -> Iterator[Tuple[str, str]]:
                 yield os.path.relpath(path, root).split(os.sep)[0].replace(".py", ""), path
 
 
-def _functions(path: str) -> Iterator[Tuple[str, str]]:
-    """(docstring, source without it) of each function of a file that has both."""
+def _functions(path: str) -> Iterator[Tuple[str, str, str]]:
+    """(docstring, signature of a method or "", source without docstring) of each function that has a docstring."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -73,12 +74,18 @@ def _functions(path: str) -> Iterator[Tuple[str, str]]:
     lines = text.splitlines()
     scopes = [tree]
     while scopes:
-        for node in scopes.pop().body:
+        scope = scopes.pop()
+        for node in scope.body:
             if isinstance(node, ast.ClassDef):
                 scopes.append(node)
             elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 docstring = ast.get_docstring(node)
                 if docstring and len(node.body) > 1:
                     first = node.body[0]
-                    code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
-                    yield docstring, textwrap.dedent("\n".join(code))
+                    head = lines[node.lineno - 1 : first.lineno - 1]
+                    signature = textwrap.dedent("\n".join(head)) if scope is not tree else ""
+                    yield (
+                        docstring,
+                        signature,
+                        textwrap.dedent("\n".join(head + lines[first.end_lineno : node.end_lineno])),
+                    )

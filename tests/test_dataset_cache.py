@@ -132,5 +132,6 @@ def test_standard_library_holds_out_modules_without_twins():
         assert not {row[column] for row in train} & {row[column] for row in held_out}
     for row in train[:50] + held_out[:50]:
         assert "def " in row["output"] and '"""' + row["instruction"] not in row["output"]
+        assert row["output"].startswith(row["input"]) and ("self" in row["input"] or "self" not in row["output"][:30])
         compile(row["output"].replace("await ", ""), "row", "exec")
     assert splits == standard_library_splits()
