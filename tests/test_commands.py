@@ -181,7 +181,7 @@ PAGES = {
         batch_size=16,
         inference="inference_smollm2.py",
         frame=ALPACA,
-        question="Return a list of the even numbers",
+        question="Return the largest value of a list",
     ),
 }
 
