@@ -11,7 +11,6 @@ from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tup
 from common import UserError
 from common.download import require_model_directory
 
-_ENCODING = {"split_special_tokens": True, "verbose": False}
 ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
 
 
@@ -40,8 +39,6 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
     if positions is not None and block_size > positions:
         raise UserError(f"--block-size {block_size} is beyond the {positions} positions of {model_dir}; take fewer.")
-    # text that looks like a special token (`</s>`, `<|endoftext|>`) stays text; see _ENCODING for newer transformers
-    tokenizer.backend_tokenizer.encode_special_tokens = True
     return tokenizer
 
 
@@ -135,7 +132,7 @@ def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
     """
     pieces = list(pieces)
     while True:
-        encoding = tokenizer("".join(pieces), return_offsets_mapping=True, **_ENCODING)
+        encoding = _tokenize(tokenizer, "".join(pieces), return_offsets_mapping=True)
         ids = _without_end(tokenizer, encoding["input_ids"])
         place = max((place for place in range(1, len(pieces), 2) if pieces[place]), default=None)
         if len(ids) <= limit or place is None:
@@ -150,14 +147,23 @@ def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
 
 
 def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int]]:
-    encoding = tokenizer(
+    encoding = _tokenize(
+        tokenizer,
         texts,
         add_special_tokens=add_special_tokens,
         return_attention_mask=False,
         return_token_type_ids=False,
-        **_ENCODING,
     )
     return [_without_end(tokenizer, ids) if add_special_tokens else ids for ids in encoding["input_ids"]]
+
+
+def _tokenize(tokenizer, texts, **options):
+    """Text that looks like a special token (`</s>`, `<|endoftext|>`) stays text."""
+    try:
+        return tokenizer(texts, split_special_tokens=True, verbose=False, **options)
+    except TypeError:  # transformers before 4.41 has the option in the tokenizer beneath only
+        tokenizer.backend_tokenizer.encode_special_tokens = True
+        return tokenizer(texts, verbose=False, **options)
 
 
 def _without_end(tokenizer, ids: List[int]) -> List[int]:

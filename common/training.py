@@ -21,10 +21,19 @@ def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.op
         {"params": [weight for weight in trainable if weight.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [weight for weight in trainable if weight.dim() < 2], "weight_decay": 0.0},
     ]
-    try:  # one kernel for all weights: since torch 2.0 on CUDA, since 2.4 on CPU; MoAI makes its own
-        return torch.optim.AdamW(groups, lr=args.lr, fused=not accelerator.static_shapes)
+    fused = not accelerator.static_shapes and _has_fused_adamw(accelerator.device)
+    return torch.optim.AdamW(groups, lr=args.lr, **({"fused": True} if fused else {}))
+
+
+def _has_fused_adamw(device: torch.device) -> bool:
+    """Whether one kernel can update all weights: since torch 2.0 on CUDA, 2.4 on CPU; an older one tells in a step."""
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+    try:
+        torch.optim.AdamW([weight], fused=True).step()
     except (TypeError, RuntimeError):
-        return torch.optim.AdamW(groups, lr=args.lr)
+        return False
+    return True
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:

@@ -25,7 +25,8 @@ OTHERS = {
     "granite": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
 }
 PLAIN = ["llama2", "llama3", "mistral", "gpt", "qwen2"]
-KINDS = [*PLAIN, "gemma2", "cohere", "granite"]
+# an old transformers lacks some of them
+KINDS = [*PLAIN, *(kind for kind in ("gemma2", "cohere", "granite") if hasattr(transformers, f"{kind.title()}Config"))]
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,12 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, build, tmp_p
 
 def test_a_cap_is_seen_even_where_the_logits_are_tiny(build):
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SMALL))  # caps at 30
-    assert model(torch.tensor([[5, 6, 7]])).logits.abs().max() < 1
-    assert not has_plain_head(model)
-    assert has_plain_head(build("gpt")) and model.training
+    if "gemma2" in KINDS:
+        model = transformers.AutoModelForCausalLM.from_config(transformers.Gemma2Config(**SMALL))  # caps at 30
+        assert model(torch.tensor([[5, 6, 7]])).logits.abs().max() < 1
+        assert not has_plain_head(model)
+    model = build("gpt").train()
+    assert has_plain_head(model) and model.training
 
 
 def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(build, monkeypatch):

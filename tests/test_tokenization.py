@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import transformers
 
 from common import UserError
 from common.tokenization import ROWS_AT_ONCE, Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
@@ -22,6 +23,8 @@ DATA = {
     "llama3_1": (korean_alpaca, "korean_safe_conversation"),
     "smollm2": (alpaca, "python_code_instructions_18k_alpaca"),
 }
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 43):  # it doesn't know Llama 3.1, nor its stand-in
+    del DATA["llama3_1"]
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +192,7 @@ def test_rows_are_read_a_chunk_at_a_time(tokenizers):
 
 
 def test_fingerprints_tell_tokenizers_apart(tokenizers, tmp_path):
-    prints = {kind: fingerprint(tokenizers[kind]) for kind in ("llama2", "llama3", "llama3_1", "gpt", "smollm2")}
+    prints = {kind: fingerprint(tokenizers[kind]) for kind in DATA if kind != "mistral"}  # its stand-in has Llama2's
     assert len(set(prints.values())) == len(prints)
     write_tiny("gpt", tmp_path)
     assert fingerprint(load_tokenizer(str(tmp_path))) == prints["gpt"]
