@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+# a shell that runs the tests in the background ignores Ctrl-C for them, and they would hand that on to the scripts
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tutorial", "dataset", "common", "model", "requirements")
 TIMEOUT = 240  # seconds, many times what the longest command takes
