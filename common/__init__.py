@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import errno
 import sys
+from pathlib import Path
 
 
 class UserError(Exception):
     """A mistake that the reader can mend. The message is one line: what is wrong, why, what to do next."""
+
+
+def nearest_existing(path) -> Path:
+    """`path` itself where it exists, else the nearest directory above it that does: where it would be made."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _one_line(kind, error, traceback):

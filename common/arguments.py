@@ -7,7 +7,7 @@ import math
 import os
 from pathlib import Path
 
-from common import UserError
+from common import UserError, nearest_existing
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def _at_least(least, kind):
 
 def _require_directory(directory: Path, option: str) -> None:
     """UserError where `directory` is not there and can't be made, or nothing may be written in it."""
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    existing = nearest_existing(directory)
     if not existing.is_dir():
         raise UserError(f"{existing} is a file, so nothing can be saved in {directory}. Give another {option}.")
     if not os.access(existing, os.W_OK):

@@ -21,7 +21,7 @@ from typing import Dict, Iterable, Tuple
 
 import torch
 
-from common import UserError
+from common import UserError, nearest_existing
 from common.tokenization import encode_rows, fingerprint
 
 FORMAT = "finetuning-dataset"
@@ -40,7 +40,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
 
     block_size, path = args.block_size, Path(args.save_path)
     # in the nearest directory that there is: a refused dataset leaves no empty directories
-    existing = next(parent for parent in path.absolute().parents if parent.is_dir())
+    existing = nearest_existing(path.absolute().parent)
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,

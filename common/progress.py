@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -75,7 +76,7 @@ class TrainingLog:
             "commit": _commit(),
             "python": platform.python_version(),
             "torch": str(torch.__version__),
-            "transformers": _version("transformers"),
+            "transformers": version("transformers"),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         (self.directory / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -100,12 +101,6 @@ def draw_losses(records: list, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _commit():

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 
-from common import UserError
+from common import UserError, nearest_existing
 
 # transformers renamed the argument in 4.56
 DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 56) else "torch_dtype"
@@ -43,8 +43,7 @@ def load_model(model_dir: str, device: torch.device, dtype: torch.dtype = torch.
 def require_disk(model, save_dir: str) -> None:
     """UserError, before the training and not after it, where the trained model will not fit on the disk."""
     needed = sum(weight.numel() for weight in model.parameters()) * torch.finfo(model.stored_dtype).bits // 8
-    existing = next(path for path in (Path(save_dir).absolute(), *Path(save_dir).absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(save_dir)).free
     if needed > free:
         raise UserError(
             f"The trained model takes {needed / 1e9:.1f} GB, and the disk of {save_dir} has {free / 1e9:.1f} GB free. "
