@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,31 @@ class Accelerator(NamedTuple):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def memory(self) -> str:
+        """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
+        if self.static_shapes:
+            return "Memory: see moreh-smi"
+        if self.device.type == "cuda":
+            used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
+            total = torch.cuda.get_device_properties(self.device).total_memory
+        else:
+            import psutil
+
+            used, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
+            peak = max(used, _peak_of_process())
+        share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
+        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}"
+
+
+def _peak_of_process() -> int:
+    """Bytes that this process had in memory at most; 0 where the system doesn't tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
 
 def start_accelerator(seed: int, repeatable: bool = False) -> Accelerator:
     """Find the device and seed torch; `repeatable`: the same seed gives the same losses to the last bit on one machine.
@@ -53,6 +79,10 @@ def start_accelerator(seed: int, repeatable: bool = False) -> Accelerator:
     # cuBLAS gives the same sums in the same order only with this, set before its first call
     # (https://docs.pytorch.org/docs/stable/notes/randomness.html)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # On a CPU oneDNN keeps a program for each shape of a product that it has seen, up to 1024 of them: over a training
+    # with rows of all lengths that is more than the model (https://uxlfoundation.github.io/oneDNN, primitive cache)
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(cache, "128")
     torch.manual_seed(seed)
     if torch.cuda.is_available():
         if moai is None and repeatable:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tempfile
 from array import array
 from collections import Counter
@@ -101,7 +102,7 @@ def _flat(rows: Iterable[Tuple[list, int]], scratch_file: str) -> Tuple[Dict[str
     return split, digest.hexdigest()
 
 
-def load_dataset(path: str, tokenizer, block_size: int, hint: str = "") -> dict:
+def load_dataset(path: str, tokenizer, block_size: int = sys.maxsize, hint: str = "") -> dict:
     """The dataset file at `path`, checked. UserError where training on it would fail, or would teach nonsense."""
     if not os.path.isfile(path):
         raise UserError(f"There is no dataset file {path}. {hint or 'Give it with --dataset-name-or-path.'}")

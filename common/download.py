@@ -134,11 +134,41 @@ def check_weights(model_dir, hint="run the download command again"):
     raise UserError(f"{model_dir} has no weights (model.safetensors or pytorch_model.bin, or their index): {hint}")
 
 
+def base_of(model_dir: str) -> str:
+    """The model on which `model_dir`, an adapter's directory, was trained, by its adapter_config.json; of a whole model
+    itself. UserError where that file is damaged."""
+    config = Path(model_dir) / "adapter_config.json"
+    if not config.is_file():
+        return model_dir
+    try:
+        return str(json.loads(config.read_bytes())["base_model_name_or_path"])
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{config} is damaged: train the adapter again") from None
+
+
 def require_model(model_dir: str, hint: str = "") -> None:
-    """UserError, ending in `hint`, unless `model_dir` is a directory with all its weights, or a hub id."""
+    """UserError, ending in `hint`, unless `model_dir` is a directory with all its weights, or a hub id.
+
+    Of an adapter's directory its own weights and those of its base are checked.
+    """
     require_model_directory(model_dir, hint)
-    if Path(model_dir).is_dir():
-        check_weights(model_dir, hint=hint or "download the model again")
+    base = base_of(model_dir)
+    if base != model_dir:
+        _check_file(Path(model_dir) / "adapter_model.safetensors", set(), "train the adapter again")
+        hint = (
+            f"it is the base of the adapter {model_dir}. Download it again, or write where it is into "
+            f"base_model_name_or_path of {model_dir}/adapter_config.json"
+        )
+        require_model_directory(base, hint)
+    if Path(base).is_dir():
+        check_weights(base, hint=hint or "download the model again")
+
+
+def require_adapter(adapter_dir: str) -> None:
+    """UserError unless `adapter_dir` is an adapter's directory, and its base is there."""
+    require_model(adapter_dir)
+    if base_of(adapter_dir) == adapter_dir:
+        raise UserError(f"{adapter_dir} is a whole model: give the directory of an adapter, which --use-lora saves")
 
 
 def require_model_directory(model_dir: str, hint: str = "") -> None:

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 from common import UserError
-from common.download import require_model_directory
+from common.download import base_of, require_model_directory
 
 ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
 
@@ -29,7 +29,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     require_model_directory(model_dir, hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        positions = getattr(AutoConfig.from_pretrained(model_dir), "max_position_embeddings", None)
+        positions = getattr(AutoConfig.from_pretrained(base_of(model_dir)), "max_position_embeddings", None)
     except Exception as error:  # a file of another version fails as a bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None

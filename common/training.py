@@ -15,12 +15,17 @@ from common.progress import TrainingLog
 
 
 def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.optim.Optimizer:
-    """AdamW (https://arxiv.org/abs/1711.05101) over the trainable weights; norms and biases don't decay."""
+    """AdamW (https://arxiv.org/abs/1711.05101) over the trainable weights; norms and biases don't decay.
+
+    On a quantized base its states are in 8 bit (https://arxiv.org/abs/2110.02861), where bitsandbytes has that.
+    """
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in trainable if weight.dim() >= 2], "weight_decay": args.weight_decay},
         {"params": [weight for weight in trainable if weight.dim() < 2], "weight_decay": 0.0},
     ]
+    if args.bits and (adamw8bit := _adamw8bit(accelerator.device)):
+        return adamw8bit(groups, lr=args.lr)
     fused = not accelerator.static_shapes and _has_fused_adamw(accelerator.device)
     return torch.optim.AdamW(groups, lr=args.lr, **({"fused": True} if fused else {}))
 
@@ -34,6 +39,19 @@ def _has_fused_adamw(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+def _adamw8bit(device: torch.device):
+    """The class of bitsandbytes, or None where it can't make a step on this device: older ones can't on a CPU."""
+    from bitsandbytes.optim import AdamW8bit
+
+    weight = torch.zeros(4096, device=device, requires_grad=True)  # smaller ones have states in 32 bit
+    weight.grad = torch.zeros_like(weight)
+    try:
+        AdamW8bit([weight]).step()
+    except Exception:  # by version an AttributeError, a NotImplementedError, a RuntimeError, ...
+        return None
+    return AdamW8bit
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup_steps: int, schedule: str) -> float:
@@ -82,6 +100,7 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(step, total_steps, args.warmup_steps, args.lr_scheduler)
     )
+    print(accelerator.memory())
     with TrainingLog(args.save_dir, total_steps) as log:
         evaluate(loss_module, held_out, log, 0)
         loss_sum = torch.zeros((), device=accelerator.device)
@@ -124,10 +143,12 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
                 paused = perf_counter()
                 evaluate(loss_module, held_out, log, step)
                 start += perf_counter() - paused
-    if not all(torch.isfinite(weight).all() for weight in loss_module.parameters()):  # in the very last step
+    trained = [weight for weight in loss_module.parameters() if weight.requires_grad]
+    if not all(torch.isfinite(weight).all() for weight in trained):  # in the very last step
         raise UserError(
             "The training broke: weights are no numbers any more. Take a smaller --lr, or more --warmup-steps."
         )
+    print(accelerator.memory())
     print("Training Done")
     log.finish(vars(args), dataset["meta"], accelerator.name)
 
@@ -135,17 +156,21 @@ def train(loss_module: nn.Module, optimizer, dataset: dict, args, accelerator: A
 def evaluate(loss_module: nn.Module, held_out: Batches, log: TrainingLog, step: int) -> None:
     """Log the mean loss over the label tokens of the first `args.eval_rows` held-out rows, where there are any."""
     rows = list(range(min(held_out.args.eval_rows, len(held_out.lengths))))
-    if not rows:
-        return
+    if rows:
+        log.held_out(step, total_loss(loss_module, held_out, rows) / int(held_out.labels[rows].sum()))
+
+
+@torch.no_grad()
+def total_loss(loss_module: nn.Module, batches: Batches, rows: list) -> float:
+    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients."""
     was_training = loss_module.training
     loss_module.eval()
     total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(rows), held_out.batch_size):
-            for micro_batch in held_out.of(rows[start : start + held_out.batch_size]):
-                total += _forward(loss_module, micro_batch, held_out.accelerator).item()
+    for start in range(0, len(rows), batches.batch_size):
+        for micro_batch in batches.of(rows[start : start + batches.batch_size]):
+            total += _forward(loss_module, micro_batch, batches.accelerator).item()
     loss_module.train(was_training)
-    log.held_out(step, total / int(held_out.labels[rows].sum()))
+    return total
 
 
 def _forward(loss_module: nn.Module, micro_batch, accelerator: Accelerator) -> torch.Tensor:

@@ -32,7 +32,7 @@ def stream_answer(model, tokenizer, prompt_ids: List[int], args) -> str:
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
     model.eval()
     output = model.generate(
-        prompt,
+        input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         max_new_tokens=args.max_new_tokens,
@@ -43,3 +43,24 @@ def stream_answer(model, tokenizer, prompt_ids: List[int], args) -> str:
     if output[-1] != tokenizer.eos_token_id:
         print(f"(cut after --max-new-tokens {args.max_new_tokens}: the answer has not ended by itself)")
     return tokenizer.decode(output, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def answer_all(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[str]:
+    """The model's likeliest answers to `prompts` (token ids each), all at once: text, without the end token.
+
+    Padded on the left, so that every answer goes on right where its prompt ends.
+    """
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    model.eval()
+    output = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]

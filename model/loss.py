@@ -28,7 +28,8 @@ class CausalLMLoss(nn.Module):
 
     def __init__(self, model: nn.Module, static_shapes: bool = False):
         super().__init__()
-        self.model = model
+        # an adapter is a part of its layers: the base's own forward goes through it
+        self.model = model = model.get_base_model() if hasattr(model, "peft_config") else model
         self.own_head = static_shapes or not has_plain_head(model)
 
     def forward(

@@ -31,7 +31,7 @@ def main():
     require_model(args.model_name_or_path, hint=TRAIN)
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
-    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype)
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
 
     # the template of the training, so that the model is asked in the format in which it learned
     example = korean_alpaca({"instruction": args.prompt or QUESTION, "input": "", "output": ""})

@@ -3,7 +3,8 @@
     python tutorial/train_llama3_1.py
     python tutorial/inference_llama3_1.py --model-name-or-path ./llama3_1_korean
 
-Before it: tutorial/download_llama3_1_8b.py and dataset/prepare_llama3_1_dataset.py. Every weight is trained.
+Before it: tutorial/download_llama3_1_8b.py and dataset/prepare_llama3_1_dataset.py. LoRA: the weights of the base stay
+as they are, in 4 bit, and small matrices beside each linear layer are trained and saved. One 16 GB T4 can hold it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from common.dataset_cache import load_dataset
 from common.download import require_model
 from common.tokenization import load_tokenizer
 from common.training import make_optimizer, train
-from model.loading import load_model, require_disk, save_model
+from model.loading import load_to_train, require_disk, save_model
 from model.loss import CausalLMLoss
 
 DOWNLOAD = "Run python tutorial/download_llama3_1_8b.py first."
@@ -35,7 +36,11 @@ def main():
         max_train_steps=60,
         batch_size=8,
         block_size=2048,
-        lr=2e-4,
+        use_lora=True,  # r 16, alpha 16, no dropout, every linear layer
+        bits=4,
+        gradient_checkpointing=True,
+        lora_lr=2e-4,
+        lr=2e-5,  # with --no-use-lora
         lr_scheduler="linear",
         warmup_steps=5,
         log_interval=1,
@@ -48,14 +53,14 @@ def main():
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_model(args.model_name_or_path, accelerator.device)
+    model = load_to_train(args, accelerator)  # every weight, or with --use-lora an adapter on frozen ones
     require_disk(model, args.save_dir)
 
     optimizer = make_optimizer(model, args, accelerator)
     loss_module = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
     train(loss_module, optimizer, dataset, args, accelerator)
 
-    save_model(model, tokenizer, args.save_dir)
+    save_model(model, tokenizer, args.save_dir, template=dataset["meta"]["template"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from common.dataset_cache import load_dataset
 from common.download import require_model
 from common.tokenization import load_tokenizer
 from common.training import make_optimizer, train
-from model.loading import load_model, require_disk, save_model
+from model.loading import load_to_train, require_disk, save_model
 from model.loss import CausalLMLoss
 
 DOWNLOAD = "Run python tutorial/download_mistral_7b.py first."
@@ -44,14 +44,14 @@ def main():
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_model(args.model_name_or_path, accelerator.device)
+    model = load_to_train(args, accelerator)  # every weight, or with --use-lora an adapter on frozen ones
     require_disk(model, args.save_dir)
 
     optimizer = make_optimizer(model, args, accelerator)
     loss_module = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
     train(loss_module, optimizer, dataset, args, accelerator)
 
-    save_model(model, tokenizer, args.save_dir)
+    save_model(model, tokenizer, args.save_dir, template=dataset["meta"]["template"])
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def measure(kind: str, dataset_file: str, steps: int) -> None:
     )
     model = transformers.LlamaForCausalLM(config)
     lengths, labels = row_lengths(split), label_counts(split, True)
-    args = Namespace(lr=1e-4, weight_decay=0.01)
+    args = Namespace(lr=1e-4, weight_decay=0.01, bits=0)
     if kind == "earlier loop":
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     else:

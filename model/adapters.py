@@ -1,0 +1,193 @@
+"""LoRA adapters, and frozen bases in 4 or 8 bit: peft and bitsandbytes, asked for only where a reader asks for them.
+
+LoRA (https://arxiv.org/abs/2106.09685): a layer's weights W stay as they are, and alpha / r * B A is added to them. A
+[r, in] and B [out, r] are trained; B starts at zero, so that the training starts from the base itself. Nothing of the
+base needs a gradient or an optimizer state, so it may be held in 4 bit (QLoRA, https://arxiv.org/abs/2305.14314).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import warnings
+from pathlib import Path
+from typing import Optional
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from common import UserError
+
+NAME = "adapter_model.safetensors"  # as peft has it, like adapter_config.json
+LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
+LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
+LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)
+# not for the reader: bitsandbytes offers a package at each import and tells of each cast, peft asks by an older name
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+
+
+def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """The options with which transformers loads a model in `bits` (4: NF4 and double quantization; 8: LLM.int8).
+
+    A weight is turned back into `dtype` for each product. UserError without a bitsandbytes that can do it.
+    """
+    least = LEAST_BITSANDBYTES.get(device.type, LEAST_BITSANDBYTES_ELSEWHERE)
+    _require("bitsandbytes", least, f"--load-in-{bits}bit", "-r requirements/requirements_4bit.txt")
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": device}
+
+
+def keep_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes (seen in 0.50) from packing 4-bit weights for a faster forward pass in evaluation on a CPU.
+
+    Packed weights stay packed, and their products have no gradient: after a held-out loss the training would go on
+    without what flows back through the base, and without an error.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def add_lora(model: nn.Module, args) -> nn.Module:
+    """`model`, frozen, with a new adapter of `args.lora_*` on it: a peft model. Its own weights are float32.
+
+    UserError where the model has no layer of a name in `args.lora_target_modules`; it lists those that it has.
+    """
+    _require("peft", LEAST_PEFT, "--use-lora", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    have = {name.split(".")[-1]: type(layer) for name, layer in _linear_layers(model)}
+    names = args.lora_target_modules
+    unknown = [] if names == ["all-linear"] else [name for name in names if name not in have]
+    if unknown:
+        raise UserError(
+            f"--lora-target-modules {unknown[0]}: {args.model_name_or_path} has no layer of that name. "
+            f"It has {', '.join(sorted(have))}; all-linear takes all of them."
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=args.model_name_or_path,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=sorted(have) if names == ["all-linear"] else names,
+        fan_in_fan_out=Conv1D in have.values(),  # GPT-2 and Cerebras-GPT keep their matrices transposed
+    )
+    model = get_peft_model(model, config)
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    print(f"LoRA: {trained:,} trainable parameters, r {args.lora_r}, beside {', '.join(sorted(config.target_modules))}")
+    return model
+
+
+def save_adapter(model: nn.Module, directory: Path, template: str) -> None:
+    """The adapter of a peft model, and nothing of its base, as plain peft loads it.
+
+    What peft doesn't ask for stands in the weight file's own metadata: the base's name, a fingerprint of its weights
+    and the bits in which it was held, and the template of the prompts.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"]
+    config.inference_mode = True  # whoever loads it may ask at once
+    config.save_pretrained(directory)
+    config.inference_mode = False
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    facts = {
+        "format": "pt",
+        "base": config.base_model_name_or_path,
+        "base_fingerprint": _fingerprint(config.base_model_name_or_path),
+        "base_bits": str(_bits(model)),
+        "template": template,
+    }
+    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, directory / NAME, metadata=facts)
+
+
+def adapter_facts(adapter_dir) -> dict:
+    """What `save_adapter` wrote beside the weights, str -> str; of another tool's adapter less, of none {}."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(Path(adapter_dir) / NAME, "pt") as file:
+            return file.metadata() or {}
+    except OSError:
+        return {}
+
+
+def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
+    """`model` with the adapter of `adapter_dir` on it, to be asked or merged. UserError where it is of another base."""
+    _require("peft", LEAST_PEFT, "an adapter", "peft")
+    from peft import PeftModel
+
+    base = model.name_or_path
+    expected = adapter_facts(adapter_dir).get("base_fingerprint")
+    if expected and expected != _fingerprint(base):
+        raise UserError(
+            f"The adapter {adapter_dir} was trained on other weights than those in {base}. Download that model again, "
+            f"or write the right directory into base_model_name_or_path of {adapter_dir}/adapter_config.json."
+        )
+    try:
+        return PeftModel.from_pretrained(model, adapter_dir)
+    except Exception as error:  # a damaged file, layers of another model: each has a type of its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The adapter {adapter_dir} can't be put on {base}: {reason}. Train it again.") from None
+
+
+def _linear_layers(model: nn.Module):
+    """(name, layer) of every matrix product but the output layer, quantized ones too."""
+    head = model.get_output_embeddings()
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
+            yield name, layer
+
+
+def _bits(model: nn.Module) -> int:
+    if getattr(model, "is_loaded_in_8bit", False):
+        return 8
+    return 4 if getattr(model, "is_loaded_in_4bit", False) else 0
+
+
+def _fingerprint(model_dir: str) -> str:
+    """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
+    digest = hashlib.sha256()
+    files = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 1024)):
+                file.seek(place)
+                digest.update(file.read(64))
+    return digest.hexdigest()[:16] if files else ""
+
+
+def _require(package: str, least: tuple, what: str, to_install: str) -> None:
+    """UserError unless `package` of version `least` or newer is there and can be imported."""
+    from importlib import import_module
+    from importlib.metadata import PackageNotFoundError, version
+
+    problem: Optional[str] = None
+    try:
+        have = version(package)
+        if tuple(map(int, have.split(".")[:2])) < least:
+            problem = f"{have} is installed"
+        else:
+            import_module(package)
+    except PackageNotFoundError:
+        problem = "it is not installed"
+    except Exception as error:  # made for another torch, it fails in ways of its own
+        problem = f"{have} does not work with torch {torch.__version__} ({type(error).__name__})"
+    if problem:
+        number = ".".join(map(str, least))
+        raise UserError(f"{what} needs {package} {number} or newer, and {problem}: pip install {to_install}")
