@@ -1,0 +1,433 @@
+"""tutorial/check_accelerator.py: this machine, stand-ins for others, and the rule for what they can run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from importlib.metadata import version
+from time import perf_counter, sleep
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tests.conftest import NOWHERE, ROOT, lay_out, run
+from tests.hub_server import HubServer
+from tutorial import check_accelerator as check
+
+COMMAND = "python tutorial/check_accelerator.py"
+TUTORIALS = {tutorial.name.split(",")[0]: tutorial for tutorial in check.TUTORIALS}
+METHODS = ["rehearsal", "lora_4bit", "lora", "full"]  # from the least to the best
+CHECKPOINTING = "--gradient-checkpointing"
+FOUR_BIT = f"--use-lora --load-in-4bit {CHECKPOINTING}"
+LESS = "--micro-batch-tokens 2048"
+
+
+def plan_of(name, platform, memory, disk_free=1000.0):
+    """(method, options of the train command)."""
+    row = check.plan(TUTORIALS[name], platform, memory, disk_free)
+    script, _, options = row["commands"][-1].partition(".py")
+    assert script == f"python tutorial/train_{TUTORIALS[name].train}"
+    return row["method"], options.strip()
+
+
+# ------------------------------------------------------------------------------------------------ this machine
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What --json prints here, without a hub."""
+    done = run(f"{COMMAND} --json", cwd=lay_out(tmp_path_factory.mktemp("check") / "work"))
+    assert done.stderr == ""
+    return json.loads(done.stdout)  # and nothing else is there
+
+
+def test_json_tells_the_truth(found):
+    parts = [found, found["devices"][0], found["hub"], found["tutorials"][0]]
+    assert [
+        key for part in parts for key in part if f'"{key}"' not in check.__doc__ and f"{key}  " not in check.__doc__
+    ] == []
+    assert found["platform"] == ("CUDA" if torch.cuda.is_available() else "CPU")
+    assert found["versions"]["python"] == "{}.{}.{}".format(*sys.version_info)
+    assert found["versions"]["torch"] == torch.__version__
+    for name in ("transformers", "datasets"):
+        assert found["versions"][name] == version(name)
+    assert abs(found["disk_free"] - shutil.disk_usage(ROOT).free) < 20e9  # other programs write meanwhile
+    assert found["hub"] == {"endpoint": NOWHERE, "reachable": False, "token": "none"}
+    assert [row["name"].split(",")[0] for row in found["tutorials"]] == list(TUTORIALS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cpu(found):
+    psutil = pytest.importorskip("psutil")
+    (device,) = found["devices"]
+    assert device["name"] == "CPU, 1 threads"  # as in tests.conftest.environment
+    assert device["memory_total"] == psutil.virtual_memory().total > device["memory_used"] > 1e8
+    assert 0 <= device["utilization"] <= 100
+    assert found["precision"] in ("bfloat16", "float32")
+    assert {row["method"] for row in found["tutorials"][1:]} == {"rehearsal"}
+
+
+def test_tables_into_a_pipe(found, folder):
+    done = run(COMMAND, cwd=folder)
+    lines = [line.rstrip() for line in done.stdout.splitlines()]
+    assert done.stderr == "" and "\x1b" not in done.stdout
+    assert max(map(len, lines)) <= 100
+    assert f"0: {found['devices'][0]['name']} " in done.stdout
+    assert f"Platform   {found['platform']}, {found['precision']}" in lines
+    assert f"torch {torch.__version__}, " in done.stdout
+    assert f"Model hub  {NOWHERE} does not answer (--tiny rehearses without it)" in lines
+    for name in TUTORIALS:
+        row = rf"{re.escape(name)}\W.* [\d.]+   (full|LoRA|rehearsal)"
+        assert len([line for line in lines if re.match(row, line)]) == 1
+    for command in found["tutorials"][0]["commands"][-1:] + found["tutorials"][1]["commands"]:
+        assert f"  {command}" in lines
+
+
+def test_without_rich(folder, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None\n")
+    env = {"PYTHONPATH": str(tmp_path)}
+    done = run(COMMAND, cwd=folder, env=env, ok=None)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: The tables need rich: pip install rich, or add --json.\n"
+
+
+# ------------------------------------------------------------------------------------------------ the hub
+
+
+@pytest.mark.parametrize(
+    "token, status, reachable, said",
+    [
+        (None, None, True, "none"),
+        ("hf_good", 200, True, "accepted"),
+        ("hf_bad", None, True, "refused"),
+        ("hf_\u20ac", None, True, "refused"),  # no HTTP header can carry it
+        ("hf_good", None, True, "not verified"),  # 404: a mirror that has no accounts
+        ("hf_good", 503, False, "not verified"),
+    ],
+)
+def test_hub_and_token(token, status, reachable, said, found, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check, "HUB_TIMEOUT", 60)  # the machine may be busy
+    monkeypatch.setenv("HF_TOKEN", token or "")
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))  # not the tester's own
+    with HubServer(tokens=["hf_good"]) as hub:
+        hub.failing = {"^/api/whoami-v2$": status} if status else {}
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        answer = check.ask_hub()
+        deadline = perf_counter() + 10
+        while not hub.requests and perf_counter() < deadline:  # it is written down when the answer has gone out
+            sleep(0.01)
+        asked = [(request.path, request.token) for request in hub.requests]
+    assert answer == {"endpoint": hub.url, "reachable": reachable, "token": said}
+    assert asked == [("/api/whoami-v2", token if token and token.isascii() else "")]
+    check.show({**found, "hub": answer})
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert f"Token      {check.TOKENS[said]}" in lines
+    answers = "answers" if reachable else "does not answer (--tiny rehearses without it)"
+    assert f"Model hub  {hub.url} {answers}" in lines
+
+
+def test_the_token_is_never_shown(folder):
+    with HubServer(tokens=["hf_secret"]) as hub:
+        done = run(f"{COMMAND} --json", cwd=folder, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"})
+        assert [request.token for request in hub.requests] == ["hf_secret"]
+    assert json.loads(done.stdout)["hub"] == {"endpoint": hub.url, "reachable": True, "token": "not verified"}
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_hub_that_never_answers(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    with socket.create_server(("127.0.0.1", 0)) as server:  # the kernel connects, nobody reads
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        start = perf_counter()
+        assert check.ask_hub()["reachable"] is False
+        assert 1 < perf_counter() - start < 30
+
+
+# ------------------------------------------------------------------------------------------------ other machines
+
+GPU = {"name": "Tesla T4", "capability": (7, 5), "total": 15_828_320_256, "free": 15_500_000_000, "count": 1}
+MOAI = """
+import sys, types
+
+import torch
+
+
+def refuse(*_):
+    raise RuntimeError("not on this platform")
+
+
+torch.moreh = sys.modules["torch.moreh"] = types.ModuleType("torch.moreh")
+torch.moreh.option = types.SimpleNamespace(enable_advanced_parallelization=lambda: print("parallel"))
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.get_device_name = lambda *_: "MoAI Accelerator"
+torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=512 * 2**30)
+torch.cuda.mem_get_info = torch.cuda.utilization = refuse
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that makes torch believe in the GPU it is given, and returns what --json prints then."""
+
+    def look(capsys, **changes):
+        card = SimpleNamespace(**{**GPU, **changes})
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: card.count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: f"{card.name} ({index})")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: card.capability)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index=0: (card.free, card.total))
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", NOWHERE)
+        monkeypatch.setattr(sys, "argv", ["check_accelerator.py", "--json"])
+        check.main()
+        return json.loads(capsys.readouterr().out)
+
+    return look
+
+
+def test_t4(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "utilization", lambda index: 37)
+    found = gpu(capsys)
+    assert (found["platform"], found["precision"]) == ("CUDA", "float16")
+    used = GPU["total"] - GPU["free"]
+    values = {"memory_used": used, "memory_total": GPU["total"], "utilization": 37}
+    assert found["devices"] == [{"name": "Tesla T4 (0)", **values}]
+    methods = {row["name"].split(",")[0]: row["method"] for row in found["tutorials"]}
+    assert methods["SmolLM2 135M"] == "full"
+    assert methods["Mistral 7B"] == methods["Llama3 8B"] == methods["Llama 3.1 8B"] == "lora_4bit"
+    assert methods["Llama3 70B"] == "rehearsal"
+
+
+def test_two_gpus_whose_driver_does_not_tell_the_utilization(gpu, capsys, monkeypatch):
+    def utilization(index):
+        raise ModuleNotFoundError("pynvml module not found, please install nvidia-ml-py")
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    found = gpu(capsys, count=2, capability=(9, 0), total=85_000_000_000, free=84_000_000_000)
+    assert [device["name"] for device in found["devices"]] == ["Tesla T4 (0)", "Tesla T4 (1)"]
+    assert [device["utilization"] for device in found["devices"]] == [None, None]
+    assert found["precision"] == "bfloat16"
+    assert [line for line in check.notes(found) if "device 0" in line and "CUDA_VISIBLE_DEVICES=1" in line]
+    check.show(found)
+    assert re.search(r"^1: Tesla T4 \(1\) +1\.0 GB +85\.0 GB +- *$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_moai_platform(folder, tmp_path, capsys):
+    (tmp_path / "sitecustomize.py").write_text(MOAI)
+    env = {"PYTHONPATH": str(tmp_path)}
+    found = json.loads(run(f"{COMMAND} --json", cwd=folder, env=env).stdout)
+    assert (found["platform"], found["precision"]) == ("MoAI", "bfloat16")
+    values = {"memory_used": None, "memory_total": 512 * 2**30, "utilization": None}
+    assert found["devices"] == [{"name": "MoAI Accelerator", **values}]
+    assert {row["method"] for row in found["tutorials"]} == {"full", "lora"}
+    check.show(found)
+    shown = capsys.readouterr().out
+    assert "Monitor    moreh-smi, " in shown and "nvidia-smi" not in shown
+    assert re.search(r"^0: MoAI Accelerator +- +549\.8 GB +- *$", shown, re.MULTILINE)
+    assert "  python tutorial/train_llama2.py\n" in shown
+
+
+def test_notes(found, monkeypatch, tmp_path):
+    row, device = found["tutorials"][0], found["devices"][0]
+    idle = {**found, "platform": "CPU", "devices": [{**device, "memory_used": 0}]}
+    idle["tutorials"] = [{**row, "memory": 1000, "disk_enough": True}]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert check.notes(idle) == []
+
+    busy = {**idle, "devices": [{**device, "memory_used": device["memory_total"] - 999}]}
+    assert check.notes(busy) == [f"Too little memory is free now for {row['name']}."]
+    full = {**idle, "tutorials": [{**row, "memory": 1000, "disk_enough": False}]}
+    assert check.notes(full) == [f"Too little disk is free here for {row['name']}."]
+
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\n")
+    os.chmod(tmp_path / "nvidia-smi", 0o755)
+    (line,) = check.notes(idle)  # the wrong build of torch
+    assert "nvidia-smi is here, but this torch sees no GPU" in line
+    assert check.notes({**idle, "platform": "CUDA"}) == []
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+PLANS = {  # GB of the device, as torch tells it
+    ("CUDA", 8.4): {"SmolLM2 135M": ("full", CHECKPOINTING), "Mistral 7B": ("lora_4bit", f"{FOUR_BIT} {LESS}")},
+    ("CUDA", 15.8): {
+        "SmolLM2 135M": ("full", ""),
+        "Mistral 7B": ("lora_4bit", FOUR_BIT),
+        "Llama3 8B": ("lora_4bit", FOUR_BIT),
+        "Llama 3.1 8B": ("lora_4bit", ""),
+        "Llama3 70B": ("rehearsal", "--batch-size 8"),
+    },
+    ("ROCm", 25.3): {
+        "Mistral 7B": ("lora", f"--use-lora {CHECKPOINTING}"),
+        "Llama2 13B": ("lora_4bit", FOUR_BIT),
+        "Cerebras-GPT 13B": ("lora_4bit", FOUR_BIT),
+        "Llama 3.1 8B": ("lora_4bit", ""),
+        "Llama3 70B": ("rehearsal", "--batch-size 8"),
+    },
+    ("CUDA", 85.0): {
+        "Mistral 7B": ("lora", "--use-lora"),
+        "Llama3 8B": ("lora", "--use-lora"),
+        "Llama3 70B": ("lora_4bit", FOUR_BIT),
+        "Llama 3.1 8B": ("lora_4bit", ""),
+    },
+    ("CUDA", 150.0): {"Mistral 7B": ("full", CHECKPOINTING), "Llama3 8B": ("lora", "--use-lora")},
+    ("CUDA", 11.5): {"Llama 3.1 8B": ("lora_4bit", LESS)},
+    ("MoAI", 549.8): {
+        "Llama2 13B": ("full", ""),
+        "Llama3 70B": ("lora", "--use-lora"),
+        "Llama 3.1 8B": ("lora", "--no-quantization"),
+    },
+    ("MoAI", 68.7): {"Mistral 7B": ("lora", "--use-lora"), "Llama2 13B": ("rehearsal", "--batch-size 8")},
+    ("CPU", 16.0): {"SmolLM2 135M": ("full", ""), "Mistral 7B": ("rehearsal", "--batch-size 8")},
+    ("CPU", 1000.0): {"Mistral 7B": ("rehearsal", "--batch-size 8"), "Llama 3.1 8B": ("rehearsal", "--batch-size 8")},
+    ("CPU", 4.0): {"SmolLM2 135M": ("rehearsal", "--batch-size 8")},
+}
+
+
+@pytest.mark.parametrize("platform, memory", PLANS)
+def test_plan(platform, memory):
+    expected = PLANS[platform, memory]
+    assert {name: plan_of(name, platform, memory) for name in expected} == expected
+
+
+@pytest.mark.parametrize("platform", ["MoAI", "CUDA", "ROCm", "CPU"])
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_more_memory_is_never_worse(name, platform):
+    best = 0
+    for memory in range(1, 3000):
+        row = check.plan(TUTORIALS[name], platform, float(memory), 1000.0)
+        assert row["memory"] <= 0.95e9 * memory
+        assert METHODS.index(row["method"]) >= best
+        best = METHODS.index(row["method"])
+    small = name == "SmolLM2 135M"
+    bests = {"CPU": "full" if small else "rehearsal", "MoAI": "lora" if name == "Llama 3.1 8B" else "full"}
+    assert METHODS[best] == bests.get(platform, "lora_4bit" if name == "Llama 3.1 8B" else "full")
+
+
+def test_disk():
+    """LoRA saves an adapter; a training of every weight saves another model of the same size."""
+    mistral = TUTORIALS["Mistral 7B"]
+    assert [check.plan(mistral, "CUDA", 85.0, free)["disk_enough"] for free in (15.0, 17.0)] == [False, True]
+    assert [check.plan(mistral, "CUDA", 1000.0, free)["disk_enough"] for free in (31.0, 33.0)] == [False, True]
+    assert check.plan(mistral, "CPU", 16.0, 1.0)["disk_enough"]  # a stand-in is small
+
+
+newer_torch = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 2), reason="torch 2.2 is the first with all that is asked"
+)
+
+
+def on_meta(cls, config):
+    """(10^9 parameters, those of embeddings and output layer, layers, width) of an architecture."""
+    with torch.device("meta"):
+        model = cls(config)
+    ends = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
+    sizes = [sum(weight.numel() for weight in weights) / 1e9 for weights in (model.parameters(), ends.values())]
+    return (*sizes, config.num_hidden_layers, config.hidden_size)
+
+
+def llama(vocabulary, width, inner, layers, heads, kv_heads, **more):
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **more,
+    )
+    return on_meta(LlamaForCausalLM, config)
+
+
+@newer_torch
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("SmolLM2 135M", lambda: llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True)),
+        ("Llama2 13B", lambda: llama(32000, 5120, 13824, 40, 40, 40)),
+        ("Llama3 8B", lambda: llama(128256, 4096, 14336, 32, 32, 8)),
+        ("Llama3 70B", lambda: llama(128256, 8192, 28672, 80, 64, 8)),
+        ("Mistral 7B", lambda: llama(32000, 4096, 14336, 32, 32, 8)),  # the same shapes as Llama's
+        ("Llama 3.1 8B", lambda: llama(128256, 4096, 14336, 32, 32, 8)),
+        (
+            "Cerebras-GPT 13B",
+            lambda: on_meta(
+                GPT2LMHeadModel, GPT2Config(vocab_size=50257, n_embd=5120, n_layer=40, n_head=40, n_positions=2048)
+            ),
+        ),
+    ],
+)
+def test_sizes_are_those_of_the_architectures(name, shape):
+    tutorial = TUTORIALS[name]
+    listed = (tutorial.parameters, tutorial.embeddings, tutorial.layers, tutorial.width)
+    assert listed == pytest.approx(shape(), rel=0.02)
+
+
+@newer_torch
+@pytest.mark.parametrize("checkpointing, most, least", [(False, 60, 45), (True, 4, 1)])
+def test_activations_are_what_the_rule_says(checkpointing, most, least):
+    """Bytes that a layer keeps for its backward pass, a token and unit of width; a layer more makes the difference."""
+    width, tokens = 256, 512
+    kept = []
+    for layers in (1, 3):
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=width,
+            intermediate_size=width * 7 // 2,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            attn_implementation="sdpa",
+        )
+        model = LlamaForCausalLM(config).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = {weight.shape for weight in model.parameters()}
+        weights |= {shape[::-1] for shape in weights}  # autocast's copies are counted with the parameters
+        saved = {}
+
+        def keep(tensor, saved=saved, weights=weights):
+            if tensor.shape not in weights:
+                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with hooks, torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=torch.ones((1, tokens), dtype=torch.int64), use_cache=False)
+        kept.append(sum(size for size, _ in saved.values()))
+    assert least <= (kept[1] - kept[0]) / 2 / tokens / width <= most
+
+
+# ------------------------------------------------------------------------------------------------ the commands
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_commands_are_there(name, warm, folder):
+    """Every script that may be named, and every option of it."""
+    machines = [(platform, 1.5**n) for platform in ("CPU", "MoAI", "CUDA") for n in range(20)]
+    rows = [check.plan(TUTORIALS[name], *machine, disk_free=1.0) for machine in machines]
+    commands = {command for row in rows for command in row["commands"]}
+    assert len(commands) > 4
+    options = {}
+    for command in commands:
+        _, script, *words = command.split()
+        options.setdefault(script, set()).update(word for word in words if word.startswith("--"))
+        assert all((ROOT / word).exists() for word in words if word.startswith("dataset/"))
+    assert len(options) == 3
+    for script, names in options.items():
+        text = warm(f"python {script} --help", cwd=folder).stdout
+        assert names <= set(re.findall(r"--[\w-]+", text)), script
+
+
+def test_rehearsal(warm, folder):
+    """The commands for a machine on which nothing fits, as they are."""
+    for command in check.plan(TUTORIALS["Mistral 7B"], "CPU", 1.0, 1.0)["commands"]:
+        said = warm(command, cwd=folder).stdout
+    assert said.splitlines()[-1] == "Model saved in ./mistral_code_generation"
