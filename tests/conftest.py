@@ -74,10 +74,16 @@ def checked(done, ok):
 # Three of the four seconds of a command go into importing torch and transformers. A process that has imported them, and
 # nothing of this repository, forks: the child becomes the script, which ends by itself, with Python's own exit status.
 SERVER = """
-import json, os, sys
+import json, logging, os, sys
 import torch, pyarrow.parquet
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says something at its import
+try:
+    import peft, bitsandbytes.optim
+except Exception:  # no bitsandbytes, or one that is too old for this machine
+    pass
 
 print("ready", flush=True)
 while True:

@@ -11,14 +11,24 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from common import UserError
+from common.arguments import train_arguments
+from common.download import require_adapter, require_model
+from model import adapters
+from model.loading import load_model
+from model.tiny import write_tiny
 from tests.conftest import NOWHERE, ROOT, run
 from tests.hub_server import HubServer
+from tests.test_adapters import needs_bitsandbytes
 
 TRAIN = "python tutorial/train_llama3.py --batch-size 8 --max-train-steps 1 --eval-rows 0"
 PREPARE = "python dataset/prepare_llama3_dataset.py --block-size 128"
@@ -549,6 +559,257 @@ def test_prompt_file_that_is_no_text(words, refused):
 
 def test_two_prompts(refused):
     refused(SCRIPTS["inference"], "--prompt", "a", "--prompt-file", "b", tells_of=["--prompt-file", "not allowed"])
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+LORA = f"{TRAIN} --use-lora"
+ADAPTER = "--model-name-or-path ./adapter"
+MERGE, COMPARE = f"python tutorial/merge_adapter.py {ADAPTER}", f"python tutorial/compare_adapter.py {ADAPTER}"
+COMPARE += " --max-new-tokens 2 --dataset-name-or-path ./llama3_dataset.pt"
+LOADERS = {"inference": f"{INFERENCE} {ADAPTER}", "merge": MERGE, "compare": COMPARE}
+FOUR_BIT = "requirements/requirements_4bit.txt"
+
+
+@pytest.fixture(scope="module")
+def trained(base, warm, tmp_path_factory):
+    """An adapter on `./llama3-8b`."""
+    directory = tmp_path_factory.mktemp("trained") / "adapter"
+    warm(LORA, "--save-dir", directory, cwd=base)
+    return directory
+
+
+@pytest.fixture
+def adapter(ready, trained):
+    """The adapter as ./adapter beside its base."""
+    return shutil.copytree(trained, ready / "adapter")
+
+
+def configure(adapter, **changed):
+    file = adapter / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, **changed}), encoding="utf-8")
+
+
+def raises(words, function, *arguments):
+    """The function refuses in one line that holds each of `words`. In this process: a command takes half a second."""
+    with pytest.raises(UserError) as error:
+        function(*map(str, arguments))
+    line = str(error.value)
+    assert not [word for word in words if word not in line], line
+    assert "\n" not in line and not re.search(r"[:,(]\.|[:,(]$", line), line
+
+
+# bitsandbytes is not installed, as far as Python goes.
+HIDDEN = """
+import importlib.metadata as metadata
+import sys
+
+find = metadata.Distribution.from_name.__func__
+
+
+def from_name(cls, name):
+    if name == "bitsandbytes":
+        raise metadata.PackageNotFoundError(name)
+    return find(cls, name)
+
+
+metadata.Distribution.from_name = classmethod(from_name)
+sys.modules["bitsandbytes"] = None
+"""
+# A script with another package first on the path; in `warm`, torch is there already.
+WITH = """
+import runpy, sys
+sys.path.insert(0, "site")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_4_bit_without_bitsandbytes(ready, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(HIDDEN)
+    before = contents(ready)
+    done = run(f"{LORA} --load-in-4bit", cwd=ready, env={"PYTHONPATH": str(tmp_path / "site")}, ok=None)
+    tells(done, "--load-in-4bit", "bitsandbytes 0.46", "it is not installed", f"pip install -r {FOUR_BIT}")
+    assert contents(ready) == before
+    assert (ROOT / FOUR_BIT).is_file()
+
+
+def test_4_bit_with_a_bitsandbytes_that_is_too_old(ready, refused):
+    installed = ready / "site" / "bitsandbytes-0.42.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 0.42.0\n")
+    (ready / "with.py").write_text(WITH)
+    words = ["bitsandbytes 0.46", "0.42.0 is installed", f"pip install -r {FOUR_BIT}"]
+    for option in ("--load-in-4bit", "--load-in-8bit"):
+        command = f"{LORA} {option}".replace("python ", "python with.py ")
+        refused(command, tells_of=[f"{option} needs", *words])
+
+
+@needs_bitsandbytes
+def test_4_bit_with_a_bitsandbytes_for_another_torch(monkeypatch):
+    """Its import fails, in a way of its own."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    words = ["--load-in-8bit needs bitsandbytes 0.46", f"does not work with torch {torch.__version__}", FOUR_BIT]
+    with pytest.raises(UserError) as error:
+        adapters.quantization(8, torch.device("cpu"), torch.float32)
+    assert not [word for word in words if word not in str(error.value)], error
+
+
+def test_bitsandbytes_for_a_gpu_may_be_older_than_for_a_cpu(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.45.1")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    for device, error in (("cuda", "0.43.*does not work"), ("cpu", "0.46 or newer, and 0.45.1 is installed")):
+        with pytest.raises(UserError, match=error):
+            adapters.quantization(4, torch.device(device), torch.float16)
+
+
+def test_lora_with_a_peft_that_is_too_old(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.9.0")
+    problem = r"needs peft 0\.1\d or newer, and 0\.9\.0 is installed: pip install "
+    with pytest.raises(UserError, match=f"--use-lora {problem}"):
+        adapters.add_lora(None, None)
+    with pytest.raises(UserError, match=f"an adapter {problem}"):
+        adapters.load_adapter(None, "./adapter")
+
+
+@pytest.mark.parametrize("command", [f"{TRAIN} --load-in-8bit", "python tutorial/train_llama3_1.py --no-use-lora"])
+def test_quantized_weights_without_an_adapter(command, refused):
+    bits = "8bit" if "8bit" in command else "4bit"
+    tells_of = [f"--load-in-{bits} without --use-lora", "can't be trained", "Add --use-lora", "--no-quantization"]
+    refused(command, tells_of=tells_of)
+
+
+def test_4_bit_and_8_bit(refused):
+    words = "--use-lora --load-in-4bit --load-in-8bit"
+    refused(f"{TRAIN} {words}", tells_of=["--load-in-8bit", "not allowed with", "--load-in-4bit"])
+
+
+@pytest.mark.parametrize(
+    "words, tells_of",
+    [
+        ("--load-in-4bit", ["--load-in-4bit without --use-lora", "can't be trained"]),
+        ("--use-lora --load-in-4bit --no-quantization", ["--no-quantization", "not allowed with", "--load-in-4bit"]),
+        ("--lora-r 0", ["--lora-r", "1 or more"]),
+        ("--lora-r 1.5", ["--lora-r", "1.5"]),
+        ("--lora-alpha nan", ["--lora-alpha", "finite"]),
+        ("--lora-alpha -1", ["--lora-alpha", "0 or more"]),
+        ("--lora-dropout 1", ["--lora-dropout 1", "less than 1"]),
+        ("--lora-dropout -0.1", ["--lora-dropout", "0 or more"]),
+        ("--lora-target-modules", ["--lora-target-modules", "at least one"]),
+    ],
+)
+def test_adapter_options_that_make_no_sense(words, tells_of, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        train_arguments("", "./model", "./data.pt", "./saved", batch_size=1, lr=1.0, log_interval=1)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and line.startswith("train.py: error: ")
+    assert not [word for word in tells_of if word not in line], line
+
+
+def test_target_modules_that_the_model_lacks(refused):
+    have = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    words = ("--lora-target-modules", "q_proj", "c_attn")
+    refused(LORA, *words, tells_of=["--lora-target-modules c_attn", "./llama3-8b", have, "all-linear"])
+
+
+def test_training_on_an_adapter(adapter, refused):
+    words = ["./adapter is an adapter", "python tutorial/merge_adapter.py --model-name-or-path ./adapter"]
+    for command in (TRAIN, LORA):
+        refused(f"{command} {ADAPTER}", tells_of=words)
+
+
+@pytest.mark.parametrize("script", ["merge", "compare"])
+def test_a_whole_model_in_place_of_an_adapter(script, refused):
+    words = ["./llama3-8b is a whole model", "--use-lora"]
+    refused(LOADERS[script].replace("./adapter", "./llama3-8b"), tells_of=words)
+
+
+def test_adapter_whose_base_is_missing(adapter, ready, refused):
+    (ready / "llama3-8b").rename(ready / "moved")
+    words = ["./llama3-8b does not exist", "base of the adapter ./adapter", "./adapter/adapter_config.json"]
+    for command in LOADERS.values():
+        refused(command, tells_of=words)
+    configure(adapter, base_model_name_or_path=str(ready / "moved"))
+    (ready / "moved" / "model.safetensors").unlink()
+    for function in (require_model, require_adapter):
+        raises(["moved has no weights", f"base of the adapter {adapter}", "adapter_config.json"], function, adapter)
+
+
+def test_adapter_whose_base_is_another_model(adapter, ready, refused):
+    """Of the same shape, it would be taken without a word."""
+    write_tiny("llama3", ready / "llama3-8b", seed=1)
+    for command in LOADERS.values():
+        refused(command, tells_of=["./adapter", "other weights than those in ./llama3-8b", "adapter_config.json"])
+
+
+def test_adapter_weights_cut_short(adapter, refused):
+    file = adapter / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    configure(adapter, base_model_name_or_path=str(adapter.parent / "llama3-8b"))
+    for keep in (0, 5, 1000, -1):
+        file.write_bytes(whole[:keep])
+        raises([f"{file} is cut short", "train the adapter again"], require_model, adapter)
+    refused(LOADERS["inference"], tells_of=["adapter/adapter_model.safetensors", "cut short", "train the adapter"])
+
+
+@pytest.mark.parametrize("script", LOADERS)
+def test_adapter_without_weights(script, adapter, refused):
+    (adapter / "adapter_model.safetensors").unlink()
+    refused(LOADERS[script], tells_of=["adapter/adapter_model.safetensors is missing", "train the adapter again"])
+
+
+def test_adapter_config_that_is_damaged(adapter, refused):
+    file = adapter / "adapter_config.json"
+    for text in (b"", b"no", b"[1]", b'"text"', b"{}", b'{"base_model_name_or_path": null}', b"\xff", b"{"):
+        file.write_bytes(text)
+        raises([f"{file} is damaged: train the adapter again"], require_model, adapter)
+    for command in (LOADERS["inference"], f"{LORA} {ADAPTER}"):
+        refused(command, tells_of=["adapter/adapter_config.json is damaged", "train the adapter again"])
+
+
+def test_adapter_that_does_not_fit_its_base(adapter, ready, trained, refused):
+    weights = load_file(adapter / "adapter_model.safetensors")  # with no facts in the metadata, as of another tool
+    save_file({name: weight[:3] for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
+    refused(LOADERS["inference"], tells_of=["./adapter can't be put on ./llama3-8b", "size mismatch", "Train it again"])
+    for changed in ({"peft_type": "none"}, {"r": "many"}, {"target_modules": ["none"]}, {"r": 3}):
+        shutil.copy(trained / "adapter_config.json", adapter)
+        configure(adapter, base_model_name_or_path=str(ready / "llama3-8b"), **changed)
+        words = [f"The adapter {adapter} can't be put on {ready / 'llama3-8b'}", "Train it again"]
+        raises(words, lambda path: load_model(path, torch.device("cpu")), adapter)
+
+
+def test_adapter_without_tokenizer(adapter, refused):
+    for path in adapter.glob("tokenizer*"):
+        path.unlink()
+    refused(LOADERS["inference"], tells_of=["./adapter has no tokenizer"])
+
+
+@pytest.mark.parametrize("place", ["./adapter", "./llama3-8b"])
+def test_a_merged_model_never_takes_the_place_of_what_it_is_made_of(place, adapter, refused):
+    refused(MERGE, "--save-dir", place, tells_of=[f"--save-dir {place}", "Give another"])
+
+
+def test_comparison_without_a_dataset_file(adapter, ready, refused):
+    (ready / "llama3_dataset.pt").unlink()
+    refused(COMPARE, tells_of=["./llama3_dataset.pt", "--dataset-name-or-path"])
+
+
+def test_comparison_by_a_dataset_of_another_tokenizer(adapter, refused):
+    changed(adapter.parent, lambda document: document["meta"].update(tokenizer="0" * 16, model="./smollm2-135m"))
+    refused(COMPARE, tells_of=["llama3_dataset.pt", "another tokenizer", "./smollm2-135m"])
+
+
+def test_comparison_without_held_out_rows(adapter, refused):
+    none = {"input_ids": torch.zeros(0).int(), "offsets": torch.zeros(1).long(), "answer_starts": torch.zeros(0).int()}
+    changed(adapter.parent, lambda document: document.update(validation=none))
+    refused(COMPARE, tells_of=["llama3_dataset.pt has no held-out rows", "20 rows or more"])
+
+
+def test_comparison_beyond_the_models_positions(adapter, refused):
+    refused(COMPARE, "--max-new-tokens", 8192, tells_of=["--max-new-tokens 8192", "8192 positions"])
 
 
 # ------------------------------------------------------------------------------------------------ where to save

@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run, start
 from tests.hub_server import HubServer
+from tests.test_adapters import needs_bitsandbytes, quantizes
 
 STEP = re.compile(
     r"\[Step (\d+)/(\d+)\] \| Loss: \d+\.\d{5} \| Duration: \d+\.\d\d \| Throughput: \d+\.\d\d tokens/sec"
 )
+MEMORY = re.compile(r"Memory: \d+\.\d\d GB in use, \d+\.\d\d GB at its peak, which is \d+% of \d+\.\d GB")
 HELD_OUT = re.compile(r"\[Step (\d+)/(\d+)\] \| Held-out loss: \d+\.\d{5}")
 ROWS, HELD_OUT_ROWS = 64, 16  # of each data set in dataset/samples
 
@@ -50,6 +52,8 @@ class Page(NamedTuple):
     inference: str
     frame: tuple  # what stands before and after the text of a question
     question: str  # the begin of the script's own
+    template: str
+    adapter: bool = False  # by default LoRA on a base in 4 bit, else all weights
 
 
 NEWS, CODE = "cnn_dailymail", "python_code_instructions_18k_alpaca"
@@ -74,6 +78,7 @@ PAGES = {
         inference="inference_llama2.py",
         frame=SUMMARIZE,
         question="The harbour town of Velmora",
+        template="summarization",
     ),
     "llama3-8b": Page(
         packages="requirements_llama3.txt",
@@ -92,6 +97,7 @@ PAGES = {
         inference="inference_llama3.py",
         frame=SUMMARIZE,
         question="The harbour town of Velmora",
+        template="summarization",
     ),
     "llama3-70b": Page(
         packages="requirements_llama3.txt",
@@ -110,6 +116,7 @@ PAGES = {
         inference="inference_llama3.py --model-name-or-path ./llama3_70b_summarization",
         frame=SUMMARIZE,
         question="The harbour town of Velmora",
+        template="summarization",
     ),
     "mistral": Page(
         packages="requirements_mistral.txt",
@@ -128,6 +135,7 @@ PAGES = {
         inference="inference_mistral.py",
         frame=ALPACA,
         question="Write a function that returns the words",
+        template="alpaca",
     ),
     "gpt": Page(
         packages="requirements_gpt.txt",
@@ -146,6 +154,7 @@ PAGES = {
         inference="inference_gpt.py",
         frame=("[INST] ", " [/INST]\n"),
         question="Write a Python function that merges two sorted lists",
+        template="instruction",
     ),
     "llama3.1": Page(
         packages="requirements_llama3_1.txt",
@@ -164,6 +173,8 @@ PAGES = {
         inference="inference_llama3_1.py",
         frame=tuple(text.replace("I", "i").replace("O", "o") for text in ALPACA),
         question="비 오는 날 집에서",
+        template="korean_alpaca",
+        adapter=True,
     ),
     "smollm2": Page(
         packages="requirements_smollm2.txt",
@@ -182,6 +193,7 @@ PAGES = {
         inference="inference_smollm2.py",
         frame=ALPACA,
         question="Return the largest value of a list",
+        template="alpaca",
     ),
 }
 
@@ -200,6 +212,24 @@ def weights(directory):
     return (directory / "model.safetensors").read_bytes()
 
 
+def adapter_weights(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+def learned(adapter):
+    """Whether every matrix of an adapter has changed: all of B is zero at first."""
+    return all(bool(weight.any() and torch.isfinite(weight).all()) for weight in adapter.values())
+
+
+def options_of(directory):
+    return json.loads((directory / "run.json").read_text(encoding="utf-8"))["options"]
+
+
+def line_of_adapter(page, directory, bits):
+    how = f" in {bits} bit" if bits else ""
+    return f"Adapter {directory} on the base {page.model_dir}{how}, prompts as in {page.template}"
+
+
 def steps_in(text):
     """(step, total) of each step line."""
     return [tuple(map(int, match.groups())) for match in map(STEP.fullmatch, text.splitlines()) if match]
@@ -215,13 +245,15 @@ def too_large(batch_size, rows=ROWS):
 @pytest.mark.parametrize("name", sorted({page.packages for page in PAGES.values()}))
 def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path):
     """pip has nothing to do, although no index has the platform's build of torch."""
-    # the newest accelerate, which is what this machine has, does not go with the older of the platform's two
     newer = name in ("requirements_smollm2.txt", "requirements_llama3_1.txt")
     moai = "2.1.0+moreh25.5" if newer else "1.13.1+cu116.moreh24.5.0"
-    installed = tmp_path / "platform" / f"torch-{moai}.dist-info"
-    installed.mkdir(parents=True)
-    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {moai}\n")
-    (installed / "INSTALLER").write_text("pip\n")
+    # the newest accelerate, which is what this machine has, does not go with the older of the platform's two; its
+    # Python 3.8 gets this one (constraints_torch1.13.txt)
+    for package, number in (("torch", moai), *(() if newer else (("accelerate", "0.34.2"),))):
+        installed = tmp_path / "platform" / f"{package}-{number}.dist-info"
+        installed.mkdir(parents=True)
+        (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
+        (installed / "INSTALLER").write_text("pip\n")
     env = {"PYTHONPATH": str(installed.parent), "PIP_NO_INDEX": "1"}  # nothing can be fetched
     lines = run(f"python -m pip install -r requirements/{name}", cwd=folder, env=env).stdout.splitlines()
     assert [line.endswith(f"({moai})") for line in lines if "satisfied: torch>=" in line and "line 2" in line] == [True]
@@ -249,6 +281,7 @@ def test_page(name, folder, warm):
     check_answer(page, done.stdout)
     check_readers_text(page, folder, warm)
     check_twice_the_accelerators(page, folder, warm)
+    check_the_other_methods(page, folder, warm)
 
 
 def check_download(page, folder, said):
@@ -272,18 +305,30 @@ def check_dataset(page, folder, said):
 def check_what_train_says(page, said):
     lines = said.splitlines()
     assert lines.pop(0).startswith("Device: ")
+    if page.adapter:
+        assert re.match(r"LoRA: [\d,]+ trainable parameters, r 16, beside down_proj, gate_proj, k_proj,", lines.pop(0))
     usual = {"train_llama2.py": 256, "train_llama3.py": 256, "train_llama3_70b.py": 512, "train_mistral.py": 256}
     if page.train in usual:
         assert lines.pop(0) == too_large(usual[page.train])
     assert lines[-3:] == ["Training Done", "Saving Model...", f"Model saved in {page.save_dir}"]
+    assert MEMORY.fullmatch(lines[0]) and MEMORY.fullmatch(lines[-4])
     assert steps_in(said) == [(step, page.steps) for step in page.logged], said
-    others = [line for line in lines[:-3] if not STEP.fullmatch(line)]
+    others = [line for line in lines[1:-4] if not STEP.fullmatch(line)]
     held_out = [match and tuple(map(int, match.groups())) for match in map(HELD_OUT.fullmatch, others)]
     assert held_out == [(0, page.steps), (page.steps, page.steps)], others
 
 
 def check_model(page, folder):
-    """Every matrix has learned, in the type in which it was stored; nothing temporary is left."""
+    """Every matrix has learned, in the type in which it was stored; nothing temporary is left.
+
+    Of an adapter nothing but the adapter is there.
+    """
+    if page.adapter:
+        assert learned(adapter_weights(folder / page.save_dir))
+        made = {"training_log.jsonl", "training_loss.png", "run.json", "tokenizer.json", "tokenizer_config.json"}
+        files = {path.name for path in (folder / page.save_dir).iterdir()}
+        assert files == made | {"adapter_config.json", "adapter_model.safetensors"}
+        return
     before, after = (load_file(folder / where / "model.safetensors") for where in (page.model_dir, page.save_dir))
     assert {key: weight.dtype for key, weight in before.items()} == {key: weight.dtype for key, weight in after.items()}
     assert not [key for key, weight in before.items() if weight.dim() > 1 and torch.equal(weight, after[key])]
@@ -319,7 +364,10 @@ def check_record(page, folder, said):
     options = record["options"]
     assert options["model_name_or_path"] == page.model_dir and options["dataset_name_or_path"] == page.dataset_file
     assert options["save_dir"] == page.save_dir and options["block_size"] == page.block_size
-    assert {"seed", "lr", "batch_size", "epochs", "max_train_steps", "log_interval"} < set(options)
+    assert {"seed", "batch_size", "epochs", "max_train_steps", "log_interval"} < set(options)
+    default = DEFAULTS[f"tutorial/{page.train.split()[0]}"]
+    assert options["lr"] == default["lr with --use-lora" if page.adapter else "lr"]
+    assert (options["use_lora"], options["bits"]) == ((True, 4) if page.adapter else (False, 0))
     assert record["dataset"] == torch.load(folder / page.dataset_file)["meta"]
     assert re.fullmatch("[0-9a-f]{16}", record["dataset"]["tokenizer"])
     assert set(record["dataset"]["sha256"]) == {"train", "validation"}
@@ -354,9 +402,12 @@ print(tokenizer.decode(question["input_ids"][0], skip_special_tokens=True))
 
 
 def check_in_plain_transformers(page, folder, warm):
-    """It loads and answers in a process that knows nothing of this repository, elsewhere, from the directory alone."""
+    """It loads and answers in a process that knows nothing of this repository, elsewhere, from the directory alone, or
+    from an adapter's and that of its base."""
     elsewhere = folder.parent / "elsewhere"
     shutil.copytree(folder / page.save_dir, elsewhere / "alone")
+    if page.adapter:
+        shutil.copytree(folder / page.model_dir, elsewhere / page.model_dir)
     (elsewhere / "plain.py").write_text(PLAIN, encoding="utf-8")
     question = "다람쥐! def f(x): return x"
     said = warm("python plain.py ./alone", question, cwd=elsewhere).stdout.splitlines()
@@ -372,6 +423,9 @@ def check_answer(page, said):
     before, after = page.frame
     device, said = said.split("\n", 1)
     assert device.startswith("Device: ")
+    if page.adapter:
+        line, said = said.split("\n", 1)
+        assert line == line_of_adapter(page, page.save_dir, 4)
     assert said.startswith(before + page.question)
     assert said.count(after) == 1
     answer = said.split(after)[1]
@@ -389,7 +443,8 @@ def check_readers_text(page, folder, warm):
         (page.model_dir, ("--prompt", text)),
     ):
         script, words = page.inference.split()[0], ("--max-new-tokens", 3, "--model-name-or-path", model, *words)
-        said.append(warm(f"python tutorial/{script}", *words, cwd=folder).stdout.split("\n", 1)[1])
+        lines = 2 if page.adapter and model == page.save_dir else 1  # the device, the adapter
+        said.append(warm(f"python tutorial/{script}", *words, cwd=folder).stdout.split("\n", lines)[lines])
     before, after = page.frame
     assert all(one.startswith(before + text + after) for one in said), said
     assert said[0] == said[1]
@@ -399,14 +454,37 @@ def check_twice_the_accelerators(page, folder, warm):
     """The same with the larger batch: more rows than the data has is said, and the data's size used."""
     words = "--max-train-steps 1 --eval-rows 0 --save-dir ./larger"
     said = warm(f"python tutorial/{page.larger} {words}", cwd=folder).stdout
-    options = json.loads((folder / "larger" / "run.json").read_text(encoding="utf-8"))["options"]
-    assert options["batch_size"] == page.batch_size
+    assert options_of(folder / "larger")["batch_size"] == page.batch_size
     assert (too_large(page.batch_size) in said.splitlines()) == (page.batch_size > ROWS)
     assert steps_in(said) == [(1, 1)]
     (tokens,) = [record["duration"] * record["tokens_per_second"] for record in records(folder / "larger")]
     lengths = torch.load(folder / page.dataset_file)["train"]["offsets"].diff().sort().values
     batch = min(page.batch_size, ROWS)
     assert int(lengths[:batch].sum()) <= round(tokens) <= int(lengths[-batch:].sum())
+
+
+def check_the_other_methods(page, folder, warm):
+    """Each script trains all weights, and an adapter on a base as it is stored, in 4 bit and in 8 bit."""
+    short = "--batch-size 2 --max-train-steps 1 --eval-rows 0 --save-dir ./other"
+    default, script = DEFAULTS[f"tutorial/{page.train.split()[0]}"], page.train.split()[0]
+    methods = {"--use-lora --no-quantization": 0}
+    if quantizes():
+        methods.update({"--use-lora --load-in-8bit": 8, "--use-lora --load-in-4bit": 4})
+    for words, bits in methods.items():
+        warm(f"python tutorial/{script} {words} {short}", cwd=folder)
+        options = options_of(folder / "other")
+        assert (options["use_lora"], options["bits"], options["lr"]) == (True, bits, default["lr with --use-lora"])
+        assert learned(adapter_weights(folder / "other"))
+        assert not (folder / "other" / "model.safetensors").exists()
+    words = "--model-name-or-path ./other --max-new-tokens 2"
+    said = warm(f"python tutorial/{page.inference.split()[0]} {words}", cwd=folder).stdout
+    assert f"\n{line_of_adapter(page, './other', bits)}\n{page.frame[0]}{page.question}" in said
+    if page.adapter:
+        warm(f"python tutorial/{script} --no-use-lora --no-quantization {short}", cwd=folder)
+        options = options_of(folder / "other")
+        assert (options["use_lora"], options["bits"], options["lr"]) == (False, 0, default["lr"])
+        check_model(page._replace(save_dir="other", adapter=False), folder)
+        assert not list((folder / "other").glob("adapter_*"))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +501,15 @@ def test_the_scripts_that_serve_both_sizes_serve_who_has_only_the_70b(command, b
 
 # ------------------------------------------------------------------------------------------------ defaults
 
-SUMMARIZATION = {"batch-size": 256, "block-size": 1024, "epochs": 1, "lr": 1e-5, "log-interval": 2}
+LORA = {
+    "lr with --use-lora": 2e-4,
+    "lora-r": 16,
+    "lora-alpha": 16,
+    "lora-dropout": 0.0,
+    "lora-target-modules": "['all-linear']",
+}
+ALL_WEIGHTS = {**LORA, "use-lora": "False", "load-in": "as it is stored", "gradient-checkpointing": "False"}
+SUMMARIZATION = {**ALL_WEIGHTS, "batch-size": 256, "block-size": 1024, "epochs": 1, "lr": 1e-5, "log-interval": 2}
 DEFAULTS = {
     "tutorial/download_llama2_13b.py": {"model-name": "meta-llama/Llama-2-13b-hf", "save-dir": "./llama-2-13b-hf"},
     "tutorial/download_llama3_8b.py": {"model-name": "meta-llama/Meta-Llama-3-8B", "save-dir": "./llama3-8b"},
@@ -489,6 +575,7 @@ DEFAULTS = {
         "save-dir": "./llama3_70b_summarization",
     },
     "tutorial/train_mistral.py": {
+        **ALL_WEIGHTS,
         "batch-size": 256,
         "block-size": 1024,
         "epochs": 2,
@@ -499,6 +586,7 @@ DEFAULTS = {
         "save-dir": "./mistral_code_generation",
     },
     "tutorial/train_gpt.py": {
+        **ALL_WEIGHTS,
         "batch-size": 32,
         "block-size": 1024,
         "epochs": 4,
@@ -509,10 +597,14 @@ DEFAULTS = {
         "save-dir": "./code_generation",
     },
     "tutorial/train_llama3_1.py": {
+        **LORA,
+        "use-lora": "True",
+        "load-in": "4 bit",
+        "gradient-checkpointing": "True",
         "batch-size": 8,
         "block-size": 2048,
         "max-train-steps": 60,
-        "lr": 2e-4,
+        "lr": 2e-5,
         "lr-scheduler": "linear",
         "warmup-steps": 5,
         "weight-decay": 0.01,
@@ -523,6 +615,8 @@ DEFAULTS = {
         "save-dir": "./llama3_1_korean",
     },
     "tutorial/train_smollm2.py": {
+        **ALL_WEIGHTS,
+        "lr": 2e-4,
         "model-name-or-path": "./smollm2-135m",
         "dataset-name-or-path": "./smollm2_dataset.pt",
         "save-dir": "./smollm2_code_generation",
@@ -533,6 +627,17 @@ DEFAULTS = {
     "tutorial/inference_gpt.py": {"model-name-or-path": "./code_generation"},
     "tutorial/inference_llama3_1.py": {"model-name-or-path": "./llama3_1_korean"},
     "tutorial/inference_smollm2.py": {"model-name-or-path": "./smollm2_code_generation"},
+    "tutorial/merge_adapter.py": {
+        "model-name-or-path": "./llama3_1_korean",
+        "save-dir": "./llama3_1_korean_merged",
+    },
+    "tutorial/compare_adapter.py": {
+        "model-name-or-path": "./llama3_1_korean",
+        "dataset-name-or-path": "./llama3_1_dataset.pt",
+        "rows": 3,
+    },
+    "tutorial/evaluate.py": {"model-name-or-path": "./smollm2_code_generation", "rows": 64, "max-new-tokens": 256},
+    "tutorial/check_accelerator.py": {},
 }
 
 
@@ -544,7 +649,9 @@ def test_defaults(script, warm, folder):
     for option in re.split(r"\n  (?=-)", text):
         name, default = re.match(r"--([a-z-]+)", option), re.search(r"\(default: ([^)]*)\)", option)
         if name and default:
-            found[name.group(1)] = default.group(1)
+            found[name.group(1)], *with_lora = default.group(1).split(", with --use-lora ")
+            found.update({f"{name.group(1)} with --use-lora": value for value in with_lora})
+    found["load-in"] = "4 bit" if re.search(r"--load-in-4bit .*\(the default here\)", text) else "as it is stored"
     asked = DEFAULTS[script]
     assert {name: type(value)(found[name]) for name, value in asked.items()} == asked
     assert f"python {script}" in text  # the command, as the page has it
@@ -623,6 +730,20 @@ def test_the_same_command_gives_the_same_model(ready, warm):
     assert weights(saved) != made[0][0]
     again, first = ([record["loss"] for record in one if "loss" in record] for one in (losses(saved), made[0][1]))
     assert len(again) == len(first) and all(one != other for one, other in zip(again, first))
+
+
+@needs_bitsandbytes
+def test_the_same_command_gives_the_same_adapter(ready, warm):
+    """Whatever the order of names in a set, which is another one in each process of Python; another seed, another."""
+    command = "python tutorial/train_llama3.py --use-lora --load-in-4bit --batch-size 8 --max-train-steps 2"
+    saved, made = ready / "llama3_summarization", []
+    for go, seed in ((run, 0), (warm, 0), (warm, 1)):
+        go(f"{command} --seed {seed}", cwd=ready)
+        made.append((adapter_weights(saved), losses(saved)))
+    first, second, other = (weights for weights, _ in made)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert made[0][1] == made[1][1] != made[2][1]
+    assert not [name for name in first if torch.equal(first[name], other[name])]
 
 
 def test_runs_from_any_folder(base, tmp_path, warm):

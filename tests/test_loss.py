@@ -12,6 +12,7 @@ from common.accelerator import Accelerator
 from common.batching import IGNORED, global_batches, label_counts, micro_batches, row_lengths, static_batch
 from common.training import train
 from model import loss as loss_file
+from model.adapters import add_lora
 from model.loss import CausalLMLoss, has_plain_head
 from model.tiny import write_tiny
 
@@ -27,14 +28,16 @@ OTHERS = {
 PLAIN = ["llama2", "llama3", "mistral", "gpt", "qwen2"]
 # an old transformers lacks some of them
 KINDS = [*PLAIN, *(kind for kind in ("gemma2", "cohere", "granite") if hasattr(transformers, f"{kind.title()}Config"))]
+LORA = [f"{kind} with LoRA" for kind in KINDS if kind in ("llama2", "gpt", "gemma2")]
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
 
-    def build(kind):
+    def build(name):
         torch.manual_seed(1)
+        kind = name.split()[0]
         if kind in OTHERS:
             model = transformers.AutoModelForCausalLM.from_config(OTHERS[kind]())
         else:
@@ -43,9 +46,20 @@ def build(tmp_path_factory):
             model = transformers.AutoModelForCausalLM.from_pretrained(root / kind)
         with torch.no_grad():  # larger logits, so that a cap or a scale would be missed by a lot
             model.get_output_embeddings().weight.mul_(10)
-        return model.float()
+        return with_lora(model.float()) if name in LORA else model.float()
 
     return build
+
+
+def with_lora(model, **changed):
+    """`model` with an adapter that has learned something: a new one's B is zero, and so is all that it adds."""
+    args = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], **changed}
+    model = add_lora(model, Namespace(model_name_or_path=model.name_or_path, **args))
+    generator = torch.Generator().manual_seed(2)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.1, generator=generator)
+    return model
 
 
 def a_split(seed=0, rows=12, vocabulary=300):
@@ -70,14 +84,18 @@ def one_padded_batch(model, split, train_on_prompt):
 
 
 @pytest.mark.parametrize("train_on_prompt", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS + LORA)
 def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt, build, monkeypatch):
     monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)  # several chunks in every micro-batch
     model, split = build(kind), a_split()
     model.eval()
     expected, gradients = one_padded_batch(model, split, train_on_prompt)
     module = CausalLMLoss(model)
-    assert module.own_head == (kind not in PLAIN)
+    assert module.own_head == (kind.split()[0] not in PLAIN)
+    # of an adapter: its own weights, and no other
+    assert {name for name, gradient in gradients.items() if gradient is not None} == {
+        name for name in gradients if kind not in LORA or "lora_" in name
+    }
     labels = int(label_counts(split, train_on_prompt).sum())
     for micro_batch_tokens in (1, 64, 200, 10_000):
         model.zero_grad()
@@ -91,10 +109,11 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
             torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama2", "llama2 with LoRA"])
 @pytest.mark.parametrize("static_shapes", [False, True])
-def test_a_training_step_is_that_of_one_padded_batch(static_shapes, build, tmp_path):
+def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build, tmp_path):
     split = a_split()
-    model = build("llama2")
+    model = build(kind)
     _, gradients = one_padded_batch(model, split, False)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, static_shapes)
@@ -106,11 +125,14 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, build, tmp_p
                          block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
                          eval_step=0, eval_rows=0, seed=0, save_dir=str(tmp_path))  # fmt: skip
         # with a learning rate of 1, the change of a weight is its gradient
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
         dataset = {"train": split, "validation": split, "meta": {}}
         train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, accelerator)
         for name, weight in model.named_parameters():
-            torch.testing.assert_close(before[name] - weight.detach(), gradients[name], atol=1e-5, rtol=1e-4)
+            if gradients[name] is None:
+                assert torch.equal(before[name], weight)
+            else:
+                torch.testing.assert_close(before[name] - weight.detach(), gradients[name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_cap_is_seen_even_where_the_logits_are_tiny(build):

@@ -39,6 +39,7 @@ def options(tmp_path, **changed):
         "batch_size": 4, "epochs": 1, "max_train_steps": 0, "micro_batch_tokens": 200, "train_on_prompt": False,
         "block_size": 64, "lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 0, "lr_scheduler": "constant", "seed": 0,
         "max_grad_norm": 1.0, "log_interval": 1, "eval_step": 0, "eval_rows": 256, "save_dir": str(tmp_path / "out"),
+        "bits": 0, "use_lora": False, "gradient_checkpointing": False,
     }  # fmt: skip
     return Namespace(**{**values, **changed})
 
@@ -69,7 +70,12 @@ def test_log_lines_and_step_totals(directory, tmp_path):
     assert steps == ["5", "10", "15", "20", "21"]
     assert re.findall(r"^\[Step (\d+)/21\] \| Held-out loss: \d+\.\d{5}$", printed, re.M) == ["0", "10", "20", "21"]
     assert [record["step"] for record in records if "loss" in record] == [5, 10, 15, 20, 21]
-    assert printed.rstrip().splitlines()[-1] == "Training Done"
+    memory = r"Memory: (\S+) GB in use, (\S+) GB at its peak, which is (\d+)% of (\S+) GB"
+    first, *_, last, done = printed.rstrip().splitlines()
+    assert done == "Training Done"
+    for line in (first, last):
+        used, peak, share, total = map(float, re.fullmatch(memory, line).groups())
+        assert 0.1 < used <= peak < total and share == pytest.approx(100 * peak / total, abs=0.6)
     details = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
     assert details["dataset"] == {"template": "alpaca"} and details["options"]["epochs"] == 3
 
@@ -145,6 +151,10 @@ def test_norms_and_biases_do_not_decay(directory, tmp_path):
     assert matrices["weight_decay"] == 0.01 and all(weight.dim() == 2 for weight in matrices["params"])
     assert others["weight_decay"] == 0.0 and all(weight.dim() == 1 for weight in others["params"])
     assert len(matrices["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+def test_on_moai_platform_its_own_tool_tells_the_memory():
+    assert CPU._replace(static_shapes=True).memory() == "Memory: see moreh-smi"
 
 
 def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, monkeypatch):  # fault 9
