@@ -215,8 +215,8 @@ def compare_arguments(description: str, model_name_or_path: str, dataset_name_or
 
 
 def evaluate_arguments(description: str, model_name_or_path: str) -> argparse.Namespace:
-    """Options of `evaluate`: model_name_or_path, rows, batch_rows, max_new_tokens, bits; and, each None unless given,
-    base_model_name_or_path, dataset_name_or_path, save_dir."""
+    """Options of `evaluate`: model_name_or_path, save_dir, rows, batch_rows, max_new_tokens, bits; and, None unless
+    given, base_model_name_or_path and dataset_name_or_path."""
     parser = _parser(description)
     add = parser.add_argument
     add("--model-name-or-path", default=model_name_or_path, help="directory of the trained model or adapter")
@@ -228,8 +228,9 @@ def evaluate_arguments(description: str, model_name_or_path: str) -> argparse.Na
     add("--max-new-tokens", type=_COUNT, default=256, help="tokens of an answer at most")
     _add_bits(parser, None, "load the models, or the adapter's base, in 4 bit")
     args = parser.parse_args()
-    if args.save_dir:
-        _require_directory(Path(args.save_dir), "--save-dir")
+    if not args.save_dir:
+        args.save_dir = args.model_name_or_path if Path(args.model_name_or_path).is_dir() else "."
+    _require_directory(Path(args.save_dir), "--save-dir")
     return args
 
 

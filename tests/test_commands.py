@@ -471,7 +471,8 @@ def check_the_other_methods(page, folder, warm):
     if quantizes():
         methods.update({"--use-lora --load-in-8bit": 8, "--use-lora --load-in-4bit": 4})
     for words, bits in methods.items():
-        warm(f"python tutorial/{script} {words} {short}", cwd=folder)
+        done = warm(f"python tutorial/{script} {words} {short}", cwd=folder)
+        assert "Warning" not in done.stderr, done.stderr
         options = options_of(folder / "other")
         assert (options["use_lora"], options["bits"], options["lr"]) == (True, bits, default["lr with --use-lora"])
         assert learned(adapter_weights(folder / "other"))

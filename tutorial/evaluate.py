@@ -119,7 +119,7 @@ def main():
 
 
 def complete(args) -> None:
-    """Fill in what was not given: base and dataset file as the training had them, and where to save."""
+    """Fill in what was not given: base and dataset file, as the training had them."""
     model_dir = args.model_name_or_path
     require_model(model_dir)
     try:
@@ -133,7 +133,6 @@ def complete(args) -> None:
         if not getattr(args, option[2:].replace("-", "_")):
             raise UserError(f"{model_dir} has no run.json that tells how it was trained: give {option}.")
     require_model(args.base_model_name_or_path, "give the model before the training with --base-model-name-or-path")
-    args.save_dir = args.save_dir or (model_dir if Path(model_dir).is_dir() else ".")
 
 
 def measure(
