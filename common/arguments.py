@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from common import UserError, nearest_existing
+from common.download import base_of
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
@@ -196,9 +197,10 @@ def merge_arguments(description: str, model_name_or_path: str, save_dir: str) ->
     parser.add_argument("--model-name-or-path", default=model_name_or_path, help="directory of the adapter")
     parser.add_argument("--save-dir", default=save_dir, help="directory for the whole model")
     args = parser.parse_args()
+    base = base_of(args.model_name_or_path)
     _require_directory(Path(args.save_dir), "--save-dir")
-    if Path(args.save_dir).resolve() == Path(args.model_name_or_path).resolve():
-        raise UserError(f"--save-dir {args.save_dir} is the adapter's own directory. Give another.")
+    if Path(args.save_dir).resolve() in (Path(args.model_name_or_path).resolve(), Path(base).resolve()):
+        raise UserError(f"--save-dir {args.save_dir} is the directory of the adapter or of its base. Give another.")
     return args
 
 

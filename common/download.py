@@ -141,9 +141,12 @@ def base_of(model_dir: str) -> str:
     if not config.is_file():
         return model_dir
     try:
-        return str(json.loads(config.read_bytes())["base_model_name_or_path"])
+        base = json.loads(config.read_bytes())["base_model_name_or_path"]
     except (ValueError, TypeError, KeyError):
-        raise UserError(f"{config} is damaged: train the adapter again") from None
+        base = None
+    if not (base and isinstance(base, str)):
+        raise UserError(f"{config} is damaged: train the adapter again")
+    return base
 
 
 def require_model(model_dir: str, hint: str = "") -> None:

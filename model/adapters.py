@@ -26,6 +26,7 @@ LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)
 # not for the reader: bitsandbytes offers a package at each import and tells of each cast, peft asks by an older name
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it is set right where the base's layers differ
 
 
 def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
@@ -141,7 +142,7 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
     try:
         return PeftModel.from_pretrained(model, adapter_dir)
     except Exception as error:  # a damaged file, layers of another model: each has a type of its own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The adapter {adapter_dir} can't be put on {base}: {reason}. Train it again.") from None
 
 

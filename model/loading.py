@@ -114,7 +114,7 @@ def save_model(model, tokenizer, save_dir: str, template: str = "") -> None:
             model.to(model.stored_dtype).save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
         # an earlier model's shards, or an adapter where a whole model comes now, would be loaded with the new files
-        for pattern in ("model*.safetensors*", "adapter_*", "config.json"):
+        for pattern in ("model*.safetensors*", "adapter_config.json", "adapter_model.safetensors", "config.json"):
             for old in target.glob(pattern):
                 old.unlink()
         mode = (temporary / "tokenizer_config.json").stat().st_mode

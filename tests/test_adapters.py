@@ -128,7 +128,7 @@ def same(one, other):
 
 
 def files(folder):
-    return {path.name for path in folder.iterdir()}
+    return {path.name for path in folder.iterdir()} - {"special_tokens_map.json"}  # of older transformers
 
 
 def dataset_of(**splits):
@@ -226,9 +226,9 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(directory
 @pytest.fixture(scope="module")
 def korean(directory, tmp_path_factory):
     """A dataset file of the Korean samples, in rows of 96 tokens."""
-    tokenizer, path = load_tokenizer(directory("llama3_1")), str(tmp_path_factory.mktemp("data") / "korean.pt")
+    tokenizer, path = load_tokenizer(directory("llama3")), str(tmp_path_factory.mktemp("data") / "korean.pt")
     splits, source = load_splits(str(ROOT / "dataset" / "samples" / "korean_safe_conversation"))
-    args = Namespace(block_size=96, save_path=path, model_name_or_path=directory("llama3_1"))
+    args = Namespace(block_size=96, save_path=path, model_name_or_path=directory("llama3"))
     prepare_dataset(splits, source, korean_alpaca, tokenizer, args)
     return path
 
@@ -237,8 +237,8 @@ def korean(directory, tmp_path_factory):
 @pytest.mark.parametrize("accelerator", [BF16, FP16], ids=lambda a: str(a.dtype)[6:])
 def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(accelerator, directory, korean, tmp_path):
     changed = {"max_train_steps": 24, "lora_r": 16, "lora_alpha": 16, "log_interval": 8}
-    args = lora(directory("llama3_1"), tmp_path, bits=4, **changed)
-    dataset = load_dataset(korean, load_tokenizer(directory("llama3_1")), 96)
+    args = lora(directory("llama3"), tmp_path, bits=4, **changed)
+    dataset = load_dataset(korean, load_tokenizer(directory("llama3")), 96)
     torch.manual_seed(0)
     model = load_to_train(args, accelerator)
     model.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
@@ -430,6 +430,7 @@ def test_plain_peft_and_plain_transformers_load_a_saved_adapter(bits, saved):
 
 def test_an_adapter_of_plain_peft_is_loaded(directory, tmp_path):
     """It has no facts in its metadata."""
+    pytest.importorskip("jinja2")  # for the card that it writes
     from peft import LoraConfig, get_peft_model
 
     base = AutoModelForCausalLM.from_pretrained(directory("llama3"), torch_dtype=torch.float32)
@@ -499,7 +500,7 @@ def test_answers_to_several_prompts_at_once_are_those_to_each_alone(kind, direct
 def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_the_data(
     saved, directory, korean, tmp_path, warm, capsys
 ):
-    folder, tokenizer = saved("llama3_1"), load_tokenizer(directory("llama3_1"))
+    folder, tokenizer = saved("llama3"), load_tokenizer(directory("llama3"))
     words = f"--model-name-or-path {folder} --dataset-name-or-path {korean} --rows 2 --max-new-tokens 12"
     said = warm(f"python {ROOT}/tutorial/compare_adapter.py {words}", cwd=tmp_path, env={"COLUMNS": "120"}).stdout
     rows, dtype = load_dataset(korean, tokenizer)["validation"], start_accelerator(0).dtype
@@ -508,7 +509,7 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
         ids, start = rows["input_ids"][row * 96 : row * 96 + 96].tolist(), rows["answer_starts"][row]
         prompts.append(ids[:start])
         found["Answer in the data"].append(tokenizer.decode(ids[start:], skip_special_tokens=True))
-    for name, where in (("Base", directory("llama3_1")), ("Adapter", str(folder))):
+    for name, where in (("Base", directory("llama3")), ("Adapter", str(folder))):
         found[name] = answer_all(load_model(where, CPU.device, dtype), tokenizer, prompts, 12)
     assert found["Base"] != found["Adapter"]
     tables = said.split("┏")[1:]
@@ -570,9 +571,8 @@ def test_merge_adapter_adds_the_product_to_the_unquantized_weights_in_their_stor
         assert (merged[name].float() - weight.float()).abs().max() > 0.02
         touched += 1
     assert touched == len(adapter) // 2
-    assert files(target) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} | {
-        "tokenizer_config.json"
-    }
+    assert files(target) >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert not list(target.glob("adapter_*"))
     plain = AutoModelForCausalLM.from_pretrained(target, torch_dtype="auto")
     assert plain.dtype == stored and not hasattr(plain.config, "quantization_config")
     expected = logits(load_model(str(folder), CPU.device, torch.float32, bits=0))

@@ -264,6 +264,8 @@ def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path
 def test_page(name, folder, warm):
     """The commands of a page, one after the other, and each time what is there after it."""
     page = PAGES[name]
+    if page.adapter and not quantizes():
+        pytest.skip("needs a bitsandbytes that quantizes on a CPU")
     go = run if name in ("llama2", "gpt") else warm  # all in processes of their own would take a minute longer
     done = go(f"python tutorial/{page.download} --tiny", cwd=folder)
     check_download(page, folder, done.stdout)
@@ -327,6 +329,7 @@ def check_model(page, folder):
         assert learned(adapter_weights(folder / page.save_dir))
         made = {"training_log.jsonl", "training_loss.png", "run.json", "tokenizer.json", "tokenizer_config.json"}
         files = {path.name for path in (folder / page.save_dir).iterdir()}
+        files.discard("special_tokens_map.json")  # of older transformers
         assert files == made | {"adapter_config.json", "adapter_model.safetensors"}
         return
     before, after = (load_file(folder / where / "model.safetensors") for where in (page.model_dir, page.save_dir))
@@ -472,7 +475,8 @@ def check_the_other_methods(page, folder, warm):
         methods.update({"--use-lora --load-in-8bit": 8, "--use-lora --load-in-4bit": 4})
     for words, bits in methods.items():
         done = warm(f"python tutorial/{script} {words} {short}", cwd=folder)
-        assert "Warning" not in done.stderr, done.stderr
+        # torch 2.1 has something to say about the dataset file
+        assert not re.findall(r"Warning(?!: TypedStorage).*", done.stderr), done.stderr
         options = options_of(folder / "other")
         assert (options["use_lora"], options["bits"], options["lr"]) == (True, bits, default["lr with --use-lora"])
         assert learned(adapter_weights(folder / "other"))

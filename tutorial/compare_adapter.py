@@ -21,7 +21,7 @@ from common.arguments import compare_arguments
 from common.dataset_cache import load_dataset
 from common.download import require_adapter
 from common.tokenization import load_tokenizer
-from model.generation import answer_all
+from model.generation import answer_all, prompt_room
 from model.loading import load_model
 
 
@@ -37,11 +37,11 @@ def main():
         raise UserError(f"{args.dataset_name_or_path} has no held-out rows. Prepare it from 20 rows or more.")
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
 
-    prompts, references = [], []
+    room, prompts, references = prompt_room(model, args.max_new_tokens), [], []
     for row in range(min(args.rows, len(rows["answer_starts"]))):
         ids = rows["input_ids"][rows["offsets"][row] : rows["offsets"][row + 1]].tolist()
         start = int(rows["answer_starts"][row])
-        prompts.append(ids[:start])
+        prompts.append(ids[:start][:room])
         references.append(ids[start:])
     after = answer_all(model, tokenizer, prompts, args.max_new_tokens)
     with model.disable_adapter():  # the same weights, asked without what was learned
