@@ -46,10 +46,11 @@ def stream_answer(model, tokenizer, prompt_ids: List[int], args) -> str:
 
 
 @torch.no_grad()
-def answer_all(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[str]:
-    """The model's likeliest answers to `prompts` (token ids each), all at once: text, without the end token.
+def answer_ids(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[List[int]]:
+    """The token ids of the model's likeliest answers to `prompts` (token ids each), all at once.
 
-    Padded on the left, so that every answer goes on right where its prompt ends.
+    An answer that ended by itself has the end token in it. Padded on the left, so that every answer goes on right where
+    its prompt ends.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -63,4 +64,10 @@ def answer_all(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+    return output[:, longest:].tolist()
+
+
+def answer_all(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[str]:
+    """The text of `answer_ids`, without the end token."""
+    answers = answer_ids(model, tokenizer, prompts, max_new_tokens)
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]

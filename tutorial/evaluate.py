@@ -45,7 +45,7 @@ from common.dataset_cache import load_dataset
 from common.download import base_of, require_model
 from common.tokenization import fingerprint, load_tokenizer
 from common.training import Batches, total_loss
-from model.generation import prompt_room
+from model.generation import answer_ids, prompt_room
 from model.loading import load_model
 from model.loss import CausalLMLoss
 
@@ -159,21 +159,9 @@ def measure(
 
 
 def answer(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[Tuple[str, bool]]:
-    """The likeliest answer to each prompt, and whether it ended by itself. Padded on the left, as in answer_all."""
-    import torch  # here, because `common`, which makes Ctrl-C end in one line, must come first
-
-    longest, end = max(map(len, prompts)), tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end,
-    )[:, longest:].tolist()
-    return [(tokenizer.decode(row, skip_special_tokens=True).strip(), end in row) for row in output]
+    """The likeliest answer to each prompt, and whether it ended by itself."""
+    answers = answer_ids(model, tokenizer, prompts, max_new_tokens)
+    return [(tokenizer.decode(ids, skip_special_tokens=True).strip(), tokenizer.eos_token_id in ids) for ids in answers]
 
 
 def scores(
