@@ -192,7 +192,7 @@ PAGES = {
         batch_size=16,
         inference="inference_smollm2.py",
         frame=ALPACA,
-        question="Return the largest value of a list",
+        question="Return the sum of the squares",
         template="alpaca",
     ),
 }

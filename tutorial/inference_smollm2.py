@@ -22,7 +22,7 @@ from dataset.templates import alpaca
 from model.generation import prompt_room, stream_answer
 from model.loading import load_model
 
-TASK = "Return the largest value of a list, or None if it is empty."
+TASK = "Return the sum of the squares of the numbers in a list."
 TRAIN = "Run python tutorial/train_smollm2.py first, or give a directory with --model-name-or-path."
 
 
