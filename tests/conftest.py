@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_server import HubServer
+
 # a shell that runs the tests in the background ignores Ctrl-C for them, and they would hand that on to the scripts
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -53,7 +55,7 @@ def run(command, *words, cwd, env=None, ok=True):
     ok: it must succeed. None: it may fail.
     """
     arguments = [sys.executable, *words_of(command, words)]
-    env = environment(HF_HOME=str(cwd / ".hf_home"), **(env or {}))
+    env = environment(**{"HF_HOME": str(cwd / ".hf_home"), **(env or {})})
     done = subprocess.run(arguments, cwd=cwd, env=env, capture_output=True, text=True, timeout=TIMEOUT)
     return checked(done, ok)
 
@@ -84,6 +86,7 @@ try:
     import peft, bitsandbytes.optim
 except Exception:  # no bitsandbytes, or one that is too old for this machine
     pass
+import datasets
 
 print("ready", flush=True)
 while True:
@@ -109,14 +112,17 @@ __import__("runpy").run_path(sys.argv[0], run_name="__main__")
 
 
 class Warm:
-    """Runs scripts as `run` does, without the three seconds of importing torch."""
+    """Runs scripts as `run` does, without the three seconds of importing torch.
 
-    def __init__(self, folder):
-        self.folder = folder
+    `hub`: the address of the model hub, and `hf_home`: its library's folder. They are the same for all scripts.
+    """
+
+    def __init__(self, folder, hub=NOWHERE):
+        self.folder, self.hf_home = folder, folder / "hf_home"
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-c", SERVER],
             cwd=folder,
-            env=environment(HF_HOME=str(folder / "hf_home")),
+            env=environment(HF_HOME=str(self.hf_home), HF_ENDPOINT=hub),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -146,8 +152,15 @@ class Warm:
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory):
-    server = Warm(tmp_path_factory.mktemp("warm"))
+def warm_hub():
+    """The model hub that `warm` asks: it has nothing, but for what a test puts there and takes away again."""
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def warm(warm_hub, tmp_path_factory):
+    server = Warm(tmp_path_factory.mktemp("warm"), warm_hub.url)
     yield server
     server.close()
 

@@ -38,6 +38,7 @@ class HubServer:
 
     gated: {"owner/name": token}, the one token whose account has accepted the licence.
     tokens: further valid tokens, of accounts without any right. Every other token is invalid.
+    accounts: {token: user name}, which `hf auth login` asks for; a mirror has none.
     gated_list: a gated repository hides its list as well, as some do.
     sizes: {"owner/name": {file name: bytes}}, false sizes to tell in the lists.
     Attributes to set while it runs: `cuts`, {file name: [bytes, ...]}, the transfers of that file that break off after
@@ -45,10 +46,11 @@ class HubServer:
     `failing`, {regular expression of a path: status}.
     """
 
-    def __init__(self, repos=None, datasets=None, gated=None, tokens=(), gated_list=False, sizes=None):
+    def __init__(self, repos=None, datasets=None, gated=None, tokens=(), gated_list=False, sizes=None, accounts=None):
         self.repos = {"models": repos or {}, "datasets": datasets or {}}
         self.gated = gated or {}
-        self.tokens = set(tokens) | set(self.gated.values())
+        self.accounts = accounts or {}
+        self.tokens = {*tokens, *self.gated.values(), *self.accounts}
         self.gated_list = gated_list
         self.sizes = sizes or {}
         self.cuts = {}
@@ -150,6 +152,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply_file(hub, name, hub.repos[kind][f"{owner}/{repo}"][name], {})
         if self.token and self.token not in hub.tokens:
             raise _Refusal(401, "Invalid credentials in Authorization header")
+        if self.route == "/api/whoami-v2" and hub.accounts:
+            if self.token not in hub.accounts:
+                raise _Refusal(401, "Invalid username or password.")
+            token = {"type": "access_token", "accessToken": {"displayName": "tutorial", "role": "read"}}
+            return self.reply_json({"type": "user", "name": hub.accounts[self.token], "orgs": [], "auth": token})
         # /api/models/<repo>[/...]   /api/datasets/<repo>[/...]   /<repo>/resolve/...   /datasets/<repo>/resolve/...
         match = re.fullmatch(
             r"(?:/api/(models|datasets)|(/datasets)?)/([^/]+/[^/]+)(?:/([^/]+)(?:/([^/]+)(?:/(.*))?)?)?", self.route
