@@ -1,11 +1,13 @@
 """Download Llama3 8B from the Hugging Face hub; 20 GB of free disk are advised.
 
-    python tutorial/download_llama3_8b.py --token <user-token>
+    hf auth login
+    python tutorial/download_llama3_8b.py
     python tutorial/download_llama3_8b.py --tiny
 
 It is gated: accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B first, and make a token at
-https://huggingface.co/settings/tokens. An interrupted download
-goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with, offline.
+https://huggingface.co/settings/tokens; `hf auth login` asks for it, and --token YOUR_TOKEN gives it without a login. An
+interrupted download goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with,
+offline.
 """
 
 from __future__ import annotations
