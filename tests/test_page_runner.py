@@ -14,7 +14,7 @@ EXAMPLE = ROOT / "tutorial" / "example.md"  # there is none; the links of a page
 
 @pytest.fixture
 def shell(tmp_path):
-    with Shell(tmp_path, run) as shell:
+    with Shell(tmp_path, run, ready="") as shell:
         yield shell
 
 

@@ -38,6 +38,7 @@ def main():
     if is_complete(args.save_dir):
         print(f"{args.save_dir} is complete already.")
         return
+    require_reader()
     from model.loading import save_model
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -46,6 +47,17 @@ def main():
         print("Unpacking the weights...")
         model, tokenizer = read_gguf(gguf)
         save_model(model, tokenizer, args.save_dir)
+
+
+def require_reader() -> None:
+    """UserError without the packages with which transformers reads a GGUF file."""
+    try:
+        import accelerate  # noqa: F401
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"Unpacking the weights needs {error.name}. Run pip install -r requirements/requirements_smollm2.txt first."
+        ) from None
 
 
 def is_complete(save_dir: str) -> bool:
