@@ -913,3 +913,11 @@ def test_moai_platform(ready, tmp_path):
         tensors = 2 if name == "LlamaForCausalLM" else 3  # ids and mask; ids, labels and mask
         assert all(event[4] == [[6, 160]] * tensors for event in passes), passes
     assert weights(ready / "llama3_summarization")
+
+
+@pytest.mark.parametrize("script", ["dataset/prepare_llama2_dataset.py", "tutorial/inference_llama2.py"])
+def test_an_installed_package_named_dataset(script, folder, tmp_path):
+    """PyPI has one, and one of that name may be installed: the repository's folder comes first all the same."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "__init__.py").write_text("raise Exception('not of this repository')\n")
+    assert "usage:" in run(f"python {script} --help", cwd=folder, env={"PYTHONPATH": str(tmp_path)}).stdout

@@ -57,6 +57,9 @@ TUTORIALS = (
     Tutorial("Cerebras-GPT 13B", "gpt_13b", "gpt", "gpt", PYTHON, 12.85, 0.26, 40, 5120, 60),
     Tutorial("Llama 3.1 8B, Korean", "llama3_1_8b", "llama3_1", "llama3_1", KOREAN, 8.03, 1.05, 32, 4096, 20),
 )
+# with which a stand-in learns something of the samples within a minute; without the adapter in 4 bit on random weights
+REHEARSAL = " --batch-size 8 --epochs 10 --lr 6e-3 --lr-scheduler linear --warmup-steps 20"
+KOREAN_REHEARSAL = f" --no-use-lora --no-quantization{REHEARSAL}"
 METHODS = {"full": "full", "lora": "LoRA", "lora_4bit": "LoRA 4 bit"}
 PACKAGES = ("transformers", "datasets", "peft", "bitsandbytes")
 MONITORS = {"MoAI": "moreh-smi", "CUDA": "nvidia-smi", "ROCm": "rocm-smi", "CPU": "top"}
@@ -106,12 +109,17 @@ def look(accelerator: Accelerator) -> dict:
 def plan(tutorial: Tutorial, platform: str, memory: float, disk_free: float) -> dict:
     """How a device with `memory` GB runs the tutorial: the first way that fits, and leaves 5 % free for what is lost
     between blocks of memory; a rehearsal where none does."""
-    rehearsal = ("rehearsal", " --batch-size 8", 0.0)
     fitting = (way for way in ways(tutorial, platform) if way[2] <= 0.95 * memory)
-    method, options, needed = next(fitting, rehearsal)
-    tiny, sample, disk = "", "", tutorial.disk * (2 if method == "full" else 1)  # the trained model is as large
-    if method == "rehearsal":
-        tiny, sample, disk = " --tiny", f" --dataset-name-or-path dataset/samples/{tutorial.sample}", 0.01
+    method, options, needed = next(fitting, ("rehearsal", "", 0.0))
+    download, prepare, train = "", "", options
+    disk = tutorial.disk * (2 if method == "full" else 1)  # the trained model is as large
+    if method == "rehearsal":  # in directories of its own, apart from a real model's
+        place, disk = f"./rehearsal/{tutorial.train}", 0.01
+        model, dataset = f" --model-name-or-path {place}/model", f" --dataset-name-or-path {place}/dataset.pt"
+        download = f" --tiny --save-dir {place}/model"
+        prepare = f"{model} --dataset-name-or-path dataset/samples/{tutorial.sample} --save-path {place}/dataset.pt"
+        learn = KOREAN_REHEARSAL if tutorial.train == "llama3_1" else REHEARSAL
+        train = f"{model}{dataset} --save-dir {place}/trained{learn}"
     return {
         "name": tutorial.name,
         "method": method,
@@ -119,9 +127,9 @@ def plan(tutorial: Tutorial, platform: str, memory: float, disk_free: float) -> 
         "disk": int(disk * 1e9),
         "disk_enough": disk <= disk_free,
         "commands": [
-            f"python tutorial/download_{tutorial.download}.py{tiny}",
-            f"python dataset/prepare_{tutorial.prepare}_dataset.py{sample}",
-            f"python tutorial/train_{tutorial.train}.py{options}",
+            f"python tutorial/download_{tutorial.download}.py{download}",
+            f"python dataset/prepare_{tutorial.prepare}_dataset.py{prepare}",
+            f"python tutorial/train_{tutorial.train}.py{train}",
         ],
     }
 
