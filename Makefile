@@ -1,10 +1,11 @@
-# make demo: fine-tune a small real model on this machine.  make test: all tests.  Each command is printed as it runs.
-# Both make .venv first, from the package registry alone. PYTHON=python3.12 make demo takes another Python.
+# make demo: fine-tune a small real model on this machine.  make test: the tests of each change.  make test-slow: the rest.
+# They make .venv first, from the package registry alone. PYTHON=python3.12 make demo takes another Python.
+# make test-stack STACK=torch1.13 (or torch2.1): the one-process tests with an older set, in .venv-torch1.13.
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test
+.PHONY: demo test test-slow test-stack
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -24,7 +25,21 @@ smollm2_code_generation/model.safetensors: smollm2_dataset.pt
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+
+test-slow: .venv/test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m slow
+
+# the interpreter of the set, pyenv's where the name alone is none
+STACK ?= torch2.1
+STACK_PYTHON = $(if $(filter torch1.13,$(STACK)),python3.8,python3.10)
+test-stack: .venv-$(STACK)/made
+	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_pages.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
+
+.venv-%/made: $(wildcard requirements/*.txt)
+	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep "^$(patsubst python%,%,$(STACK_PYTHON))\." | tail -1) $(STACK_PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet -r requirements/requirements_llama2.txt gguf pytest pytest-xdist -c requirements/constraints_$*.txt
+	touch $@
 
 .venv/%: $(wildcard requirements/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'

@@ -8,25 +8,55 @@ Ctrl-C as well.
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from pathlib import Path
+from typing import List
+
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
+# options of the running script that save memory and are not taken yet: common.arguments writes them down
+less_memory: List[str] = []
 
 
 class UserError(Exception):
     """A mistake that the reader can mend. The message is one line: what is wrong, why, what to do next."""
 
 
-def nearest_existing(path) -> Path:
-    """`path` itself where it exists, else the nearest directory above it that does: where it would be made."""
-    path = Path(path).absolute()
-    return next(place for place in (path, *path.parents) if place.exists())
+def brought_by(module: str) -> str:
+    """The requirements file that brings the package of `module`, "" where none does.
+
+    Of several files that of the running script's tutorial, if there is one.
+    """
+    package = module.split(".")[0].replace("_", "-")
+    files = [
+        path.stem
+        for path in sorted(REQUIREMENTS.glob("requirements_*.txt"))
+        if re.search(rf"(?m)^{package}\b(?!-)", path.read_text(encoding="utf-8").replace("_", "-"))
+    ]
+    own = [file for file in files if file[len("requirements_") :] in Path(sys.argv[0]).stem]
+    chosen = max(own, key=len, default=files[0] if files else "")
+    return f"requirements/{chosen}.txt" if chosen else ""
+
+
+def missing_package(module: str) -> str:
+    """The line for a package that is not there."""
+    return f"{module.split('.')[0]} is not installed: pip install -r {brought_by(module)}"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the main memory, had no room: torch says so in several ways."""
+    words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _one_line(kind, error, traceback):
-    if kind.__name__ == "OutOfMemoryError":  # torch's, by name: torch is not imported for its sake
-        error = UserError(
-            "the device's memory is full. Lower --micro-batch-tokens or --block-size, or take a smaller model."
-        )
+    if is_out_of_memory(error):
+        options = ", ".join(less_memory)
+        helps = f"These options need less: {options}." if options else "Close other programs, or take a larger machine."
+        error = UserError(f"the memory is full ({' '.join(str(error).split())[:120]}). {helps}")
+    elif issubclass(kind, ModuleNotFoundError) and error.name and brought_by(error.name):
+        error = UserError(missing_package(error.name))
     elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
     if isinstance(error, UserError):

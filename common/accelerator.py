@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import resource
 import sys
-from typing import NamedTuple
+from typing import List, NamedTuple
 
 import torch
+
+from common import UserError, is_out_of_memory, less_memory, missing_package
 
 
 class Accelerator(NamedTuple):
@@ -23,6 +26,12 @@ class Accelerator(NamedTuple):
     def micro_batch_tokens(self) -> int:
         """A CPU is as fast on small micro-batches, which have less padding; a GPU wants large ones to be busy."""
         return 1024 if self.device.type == "cpu" else 4096
+
+    @property
+    def platform(self) -> str:
+        """ "MoAI", "CUDA", "ROCm" or "CPU"."""
+        gpu = "ROCm" if torch.version.hip else "CUDA"
+        return "MoAI" if self.static_shapes else "CPU" if self.device.type == "cpu" else gpu
 
     def autocast(self):
         """Matrix products in `dtype`, everything else and the weights themselves in float32."""
@@ -50,47 +59,103 @@ class Accelerator(NamedTuple):
             used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
             total = torch.cuda.get_device_properties(self.device).total_memory
         else:
-            import psutil
-
-            used, total = psutil.Process().memory_info().rss, psutil.virtual_memory().total
-            peak = max(used, _peak_of_process())
+            try:
+                import psutil
+            except ImportError:
+                return f"Memory: not known, {missing_package('psutil')}"
+            used, total = psutil.Process().memory_info().rss, total_memory(self.device)
+            unit = 1 if sys.platform == "darwin" else 1024
+            peak = max(used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
         return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}"
 
+    def room_for_training(self, model: torch.nn.Module):
+        """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
+        # a trained weight has a gradient like itself and AdamW's two states, float32
+        fixed = sum(
+            w.numel() * (2 * w.element_size() + 8 if w.requires_grad else w.element_size()) for w in model.parameters()
+        )
+        return room_for("weights, gradients and AdamW's states", fixed, self.device)
 
-def _peak_of_process() -> int:
-    """Bytes that this process had in memory at most; 0 where the system doesn't tell (Windows)."""
+
+@contextlib.contextmanager
+def room_for(what: str, needed: int, device: torch.device):
+    """Inside, a full memory ends in one line: that `what` takes `needed` bytes, what there is, which options help."""
     try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        total = total_memory(device)
+        # smaller pieces of the data would not help where even these don't fit
+        of_weights = ("--use-lora", "--load-in-4bit")
+        options = [option for option in less_memory if needed <= total or option in of_weights]
+        helps = f"What takes less: {', '.join(options)}." if options else "Take a larger device, or a smaller model."
+        raise UserError(
+            f"the memory is full: {what} take {needed / 1e9:.1f} GB, the device has {total / 1e9:.1f} GB. {helps}"
+        ) from None
 
 
-def start_accelerator(seed: int, repeatable: bool = False) -> Accelerator:
-    """Find the device and seed torch; `repeatable`: the same seed gives the same losses to the last bit on one machine.
+def total_memory(device: torch.device) -> int:
+    """Bytes of the device's memory, or of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def devices(accelerator: Accelerator) -> List[dict]:
+    """Of each device its name, bytes of memory that all programs use, and in total, utilization in percent; None where
+    nothing tells."""
+
+    def device(name, used, total, utilization):
+        return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
+
+    if accelerator.device.type == "cpu":
+        try:
+            import psutil
+        except ImportError:  # before the first pip install
+            return [device(accelerator.name, None, total_memory(accelerator.device), None)]
+        memory = psutil.virtual_memory()
+        return [device(accelerator.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
+
+    def ask(question, index):  # drivers, and torch where a driver's Python package lacks, each fail in their own way
+        try:
+            return question(index)
+        except Exception:
+            return None
+
+    found = []
+    for index in range(torch.cuda.device_count()):
+        name, utilization = torch.cuda.get_device_name(index), ask(torch.cuda.utilization, index)
+        properties = ask(torch.cuda.get_device_properties, index)
+        free, total = ask(torch.cuda.mem_get_info, index) or (None, getattr(properties, "total_memory", None))
+        found.append(device(name, None if free is None else total - free, total, utilization))
+    return found
+
+
+def start_accelerator(seed: int, deterministic: bool = False) -> Accelerator:
+    """Find the device and seed torch; `deterministic`: one seed, one result, to the last bit on a machine.
 
     To be called before the model is built: on MoAI Platform it turns automatic parallelization on.
     """
     moai = _moai()
     if moai is not None:
         moai.option.enable_advanced_parallelization()
-    # cuBLAS gives the same sums in the same order only with this, set before its first call
-    # (https://docs.pytorch.org/docs/stable/notes/randomness.html)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # On a CPU oneDNN keeps a program for each shape of a product that it has seen, up to 1024 of them: over a training
     # with rows of all lengths that is more than the model (https://uxlfoundation.github.io/oneDNN, primitive cache)
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "128")
     torch.manual_seed(seed)
+    if deterministic and moai is None:
+        # cuBLAS gives the same sums in the same order only with this, set before its first call
+        # (https://docs.pytorch.org/docs/stable/notes/randomness.html)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # torch 2.2 has a repeatable backward pass of attention, and takes it only without warn_only
+        strict = hasattr(torch.utils, "deterministic")
+        torch.use_deterministic_algorithms(True, warn_only=not strict)
+        if strict:
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
     if torch.cuda.is_available():
-        if moai is None and repeatable:
-            # torch 2.2 has a repeatable backward pass of attention, and takes it only without warn_only
-            strict = hasattr(torch.utils, "deterministic")
-            torch.use_deterministic_algorithms(True, warn_only=not strict)
-            if strict:
-                torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
         # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
         bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
         name, device = torch.cuda.get_device_name(), torch.device("cuda")
@@ -105,12 +170,9 @@ def start_accelerator(seed: int, repeatable: bool = False) -> Accelerator:
 
 def _moai():
     """`torch.moreh`, which comes with the platform's own build of torch, or None."""
-    if hasattr(torch, "moreh"):
-        return torch.moreh
-    try:
-        return importlib.import_module("torch.moreh")
-    except ImportError:
-        return None
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.moreh")
+    return getattr(torch, "moreh", None)
 
 
 def _cpu_has_bf16() -> bool:

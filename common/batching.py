@@ -1,8 +1,8 @@
-"""From the rows of a dataset file to batches: shuffled global batches, each split into micro-batches of like length."""
+"""From the rows of a dataset file to batches: shuffled for each epoch, each split into micro-batches of like length."""
 
 from __future__ import annotations
 
-from typing import Dict, List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional
 
 import torch
 
@@ -22,62 +22,64 @@ class MicroBatch(NamedTuple):
     attention_mask: Optional[torch.Tensor]
 
 
-def global_batches(rows: int, batch_size: int, seed: int, epoch: int) -> List[List[int]]:
-    """The row numbers of each batch of an epoch, shuffled by seed and epoch. A last short batch is dropped."""
-    generator = torch.Generator().manual_seed(seed + epoch)
-    order = torch.randperm(rows, generator=generator).tolist()
-    return [order[start : start + batch_size] for start in range(0, rows - batch_size + 1, batch_size)]
+class Batches:
+    """The batches of a split (`dataset["train"]` of a dataset file), as the device wants them.
 
-
-def row_lengths(split: Dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of each row, int64 [rows]."""
-    return split["offsets"][1:] - split["offsets"][:-1]
-
-
-def label_counts(split: Dict[str, torch.Tensor], train_on_prompt: bool) -> torch.Tensor:
-    """Positions of each row that carry a loss, int64 [rows]. A row's first token is never predicted."""
-    starts = torch.ones_like(split["answer_starts"]) if train_on_prompt else split["answer_starts"].clamp(min=1)
-    return row_lengths(split) - starts
-
-
-def micro_batches(
-    split: Dict[str, torch.Tensor], rows: List[int], micro_batch_tokens: int, train_on_prompt: bool
-) -> List[MicroBatch]:
-    """Split a batch's rows into micro-batches of at most `micro_batch_tokens` tokens, padding included.
-
-    Rows of like length go together, so that little is padding. A row longer than that is a micro-batch of its own.
+    `lengths` and `label_counts`, int64 [rows]: the tokens of each row, and those that carry a loss. static_length: the
+    length of all rows on a platform that compiles a graph for each shape, else 0.
     """
-    lengths = row_lengths(split)
-    groups: List[List[int]] = []
-    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
-        # the first row of a group is its longest
-        if groups and (len(groups[-1]) + 1) * int(lengths[groups[-1][0]]) <= micro_batch_tokens:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [_padded(split, group, int(lengths[group[0]]), train_on_prompt) for group in groups]
 
+    def __init__(self, split: dict, batch_size: int, micro_batch_tokens: int, static_length=0, train_on_prompt=False):
+        self.split, self.micro_batch_tokens, self.static_length = split, micro_batch_tokens, static_length
+        self.starts = torch.zeros_like(split["answer_starts"]) if train_on_prompt else split["answer_starts"]
+        self.lengths = split["offsets"][1:] - split["offsets"][:-1]
+        self.label_counts = self.lengths - self.starts.clamp(min=1)  # a row's first token is never predicted
+        self.batch_size = min(batch_size, max(1, len(self.lengths)))  # of fewer rows a batch is all of them
+        self.steps_an_epoch = len(self.lengths) // self.batch_size
+        self._ordered, self._order = None, []  # by which (epoch, seed), and how
 
-def static_batch(
-    split: Dict[str, torch.Tensor], rows: List[int], batch_size: int, block_size: int, train_on_prompt: bool
-) -> List[MicroBatch]:
-    """The whole batch at once, padded to [batch_size, block_size], with its attention mask: for a platform that
-    compiles a graph for each shape. A short last batch (of the held-out rows) is filled up with rows of padding."""
-    ids, labels, _ = _padded(split, rows, block_size, train_on_prompt, batch_size)
-    lengths = torch.ones(batch_size, dtype=torch.int64)  # a row of padding still attends to one token: no empty softmax
-    lengths[: len(rows)] = row_lengths(split)[rows]
-    mask = (torch.arange(block_size) < lengths[:, None]).long()
-    return [MicroBatch(ids, labels, mask)]
+    def rows_of(self, step: int, seed: int) -> List[int]:
+        """The row numbers of `step`, from 1: any step's, in any order. An epoch's rows that fill no batch are left."""
+        epoch, place = divmod(step - 1, self.steps_an_epoch)
+        if (epoch, seed) != self._ordered:
+            shuffled = torch.randperm(len(self.lengths), generator=torch.Generator().manual_seed(seed + epoch))
+            self._ordered, self._order = (epoch, seed), shuffled.tolist()
+        return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
+    def of(self, rows: List[int]) -> List[MicroBatch]:
+        """The micro-batches of these rows: of at most `micro_batch_tokens` tokens, padding included.
 
-def _padded(split, rows: List[int], length: int, train_on_prompt: bool, height: int = 0) -> MicroBatch:
-    # any id will do as padding: it has no label, and no token of the row sees it
-    input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
-    labels = torch.full_like(input_ids, IGNORED)
-    for place, row in enumerate(rows):
-        begin, end = int(split["offsets"][row]), int(split["offsets"][row + 1])
-        ids = split["input_ids"][begin:end].long()
-        start = 0 if train_on_prompt else int(split["answer_starts"][row])
-        input_ids[place, : len(ids)] = ids
-        labels[place, start : len(ids)] = ids[start:]
-    return MicroBatch(input_ids, labels, None)
+        Rows of like length go together, so that little is padding. A row longer than that is a micro-batch of its own.
+        """
+        if self.static_length:
+            return [self._static(rows)]
+        lengths = self.lengths[rows].tolist()
+        groups: List[List[int]] = []
+        longest = 0
+        for length, row in sorted(zip(lengths, rows), key=lambda pair: (-pair[0], pair[1])):
+            if groups and (len(groups[-1]) + 1) * longest <= self.micro_batch_tokens:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+                longest = length
+        return [self._padded(group, int(self.lengths[group[0]])) for group in groups]
+
+    def _static(self, rows: List[int]) -> MicroBatch:
+        """The whole batch at once, padded to [batch_size, static_length], with its attention mask. A short last batch
+        (of the held-out rows) is filled up with rows of padding."""
+        ids, labels, _ = self._padded(rows, self.static_length, self.batch_size)
+        lengths = torch.ones(self.batch_size, dtype=torch.int64)  # padding attends to one token: no empty softmax
+        lengths[: len(rows)] = self.lengths[rows]
+        mask = (torch.arange(self.static_length) < lengths[:, None]).long()
+        return MicroBatch(ids, labels, mask)
+
+    def _padded(self, rows: List[int], length: int, height: int = 0) -> MicroBatch:
+        # any id will do as padding: it has no label, and no token of the row sees it
+        input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
+        labels = torch.full_like(input_ids, IGNORED)
+        for place, row in enumerate(rows):
+            begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
+            ids, start = self.split["input_ids"][begin:end].long(), int(self.starts[row])
+            input_ids[place, : len(ids)] = ids
+            labels[place, start : len(ids)] = ids[start:]
+        return MicroBatch(input_ids, labels, None)

@@ -1,29 +1,26 @@
-"""A model from the Hugging Face hub into a directory, and the check that its weights are all there.
+"""A model from the Hugging Face hub into a directory: the hub client alone.
 
 `download_model` streams files straight to disk: a 132 GB model needs 132 GB of disk and almost no memory, and the same
-command run again fetches only what is missing. `check_weights` reads the headers of the weight files and never the
-weights, so it costs nothing before a training either. Neither imports torch.
-
-huggingface_hub: https://huggingface.co/docs/huggingface_hub/guides/download (tested from 0.23 to 2.4)
-safetensors, the format: https://huggingface.co/docs/safetensors/index#format
+command run again fetches only what is missing: https://huggingface.co/docs/huggingface_hub/guides/download
 """
 
 from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 import shutil
 import signal
 import sys
+import threading
 import time
-import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import UserError
+from common.files import require_place, require_room
+from common.model_directory import check_weights
 
 # The weights as transformers finds them: the first kind that a repository has, and no other. So no twin in another
 # format is fetched (.pth, .h5, .msgpack, .onnx, .gguf, consolidated.safetensors) and no folder such as original/.
@@ -56,9 +53,7 @@ def download_model(repo_id, save_dir, token=None):
     with _one_line_errors(repo_id, save_dir, token):
         target = Path(save_dir).expanduser().absolute()
         new_dirs = [path for path in (target, *target.parents) if not path.exists()]
-        existing = new_dirs[-1].parent if new_dirs else target
-        if not existing.is_dir():
-            raise UserError(f"cannot save a model in {save_dir}: {existing} is a file. Choose another --save-dir")
+        require_place(target, "--save-dir")
         timeout = constants.HF_HUB_ETAG_TIMEOUT  # seconds; without one, an address that never answers would hang
         info = HfApi().model_info(repo_id, files_metadata=True, timeout=timeout, token=token)
         on_hub = {file.rfilename: file.size or 0 for file in info.siblings}  # name -> bytes
@@ -74,15 +69,10 @@ def download_model(repo_id, save_dir, token=None):
             "delete that directory or choose another --save-dir, and run again"
         )
     missing = [name for name in names if not _complete(target / name, on_hub[name])]
-    needed = sum(on_hub[name] for name in missing) - _bytes_of_partial_files(target)
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise UserError(
-            f"{repo_id} needs {_gb(needed)} more in {save_dir}, and that disk has {_gb(free)} free: "
-            "free some space or choose another disk with --save-dir, and run again"
-        )
+    bytes_missing = sum(on_hub[name] for name in missing) - _bytes_of_partial_files(target)
+    require_room(bytes_missing, save_dir, f"What is missing of {repo_id}")
 
-    print(f"Downloading {repo_id} ({_gb(sum(on_hub[name] for name in names))}) to {save_dir}...", flush=True)
+    print(f"Downloading {repo_id} ({sum(on_hub[name] for name in names) / 1e9:.1f} GB) to {save_dir}...", flush=True)
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # else it is the reader's own wish
         enable_progress_bars()
 
@@ -97,8 +87,8 @@ def download_model(repo_id, save_dir, token=None):
         with _one_line_errors(repo_id, save_dir, token):
             for name in missing:  # the library may take a file that was cut short but kept its date for the whole one
                 (target / name).unlink(missing_ok=True)
-            patterns = [glob.escape(name) for name in names]
-            snapshot_download(repo_id, revision=info.sha, local_dir=target, token=token, allow_patterns=patterns)
+            wanted = [glob.escape(name) for name in names]
+            snapshot_download(repo_id, revision=info.sha, local_dir=target, token=token, allow_patterns=wanted)
     finally:
         signal.signal(signal.SIGINT, default)
         _remove_if_empty(target, new_dirs)
@@ -109,107 +99,29 @@ def download_model(repo_id, save_dir, token=None):
     print(f"Model saved in {save_dir}", flush=True)
 
 
-def check_weights(model_dir, hint="run the download command again"):
-    """Check that the weights in the directory `model_dir` are all there, by the headers of their files alone.
-
-    hint: the reader's next step, the end of the message. Raises UserError with the name of the first file amiss.
-    """
-    directory = Path(model_dir).expanduser()
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{model_dir} is not a model directory, it has no config.json: {hint}")
-    for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks for them
-        index = directory / (name + ".index.json")
-        if (directory / name).is_file():
-            return _check_file(directory / name, set(), hint)
-        if index.is_file():
-            shards = {}  # file name -> names of its tensors
-            try:
-                for tensor, shard in json.loads(index.read_bytes())["weight_map"].items():
-                    shards.setdefault(str(shard), set()).add(tensor)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise UserError(f"{index} is damaged: delete it and {hint}") from None
-            for shard, tensors in sorted(shards.items()):
-                _check_file(directory / shard, tensors, hint)
-            return None
-    raise UserError(f"{model_dir} has no weights (model.safetensors or pytorch_model.bin, or their index): {hint}")
-
-
-def base_of(model_dir: str) -> str:
-    """The model on which `model_dir`, an adapter's directory, was trained, by its adapter_config.json; of a whole model
-    itself. UserError where that file is damaged."""
-    config = Path(model_dir) / "adapter_config.json"
-    if not config.is_file():
-        return model_dir
+def ask_hub(timeout: float) -> dict:
+    """{"endpoint", "reachable", "token": "none", "accepted", "refused" or "not verified"}. The token is never shown."""
     try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
-    except (ValueError, TypeError, KeyError):
-        base = None
-    if not (base and isinstance(base, str)):
-        raise UserError(f"{config} is damaged: train the adapter again")
-    return base
+        from huggingface_hub import constants, get_token
+        from huggingface_hub.utils import get_session  # the library's own connection: its proxies and certificates
+    except ImportError:  # before the first pip install
+        return {"endpoint": None, "reachable": False, "token": "none"}
+    token = get_token()
+    hub = {"endpoint": constants.ENDPOINT, "reachable": False, "token": "not verified" if token else "none"}
 
+    def ask():
+        headers = {"authorization": f"Bearer {token}"} if token and token.isascii() else {}  # else no header has it
+        with suppress(Exception):  # of the HTTP library, which changes by release
+            status = get_session().get(f"{hub['endpoint']}/api/whoami-v2", headers=headers, timeout=timeout).status_code
+            hub["reachable"] = status < 500
+            if token:
+                hub["token"] = {200: "accepted", 401: "refused"}.get(status, "not verified")
 
-def require_model(model_dir: str, hint: str = "") -> None:
-    """UserError, ending in `hint`, unless `model_dir` is a directory with all its weights, or a hub id.
-
-    Of an adapter's directory its own weights and those of its base are checked.
-    """
-    require_model_directory(model_dir, hint)
-    base = base_of(model_dir)
-    if base != model_dir:
-        _check_file(Path(model_dir) / "adapter_model.safetensors", set(), "train the adapter again")
-        hint = (
-            f"it is the base of the adapter {model_dir}. Download it again, or write where it is into "
-            f"base_model_name_or_path of {model_dir}/adapter_config.json"
-        )
-        require_model_directory(base, hint)
-    if Path(base).is_dir():
-        check_weights(base, hint=hint or "download the model again")
-
-
-def require_adapter(adapter_dir: str) -> None:
-    """UserError unless `adapter_dir` is an adapter's directory, and its base is there."""
-    require_model(adapter_dir)
-    if base_of(adapter_dir) == adapter_dir:
-        raise UserError(f"{adapter_dir} is a whole model: give the directory of an adapter, which --use-lora saves")
-
-
-def require_model_directory(model_dir: str, hint: str = "") -> None:
-    """UserError unless `model_dir` is a directory, or looks like a hub id (`owner/name`) and no such path exists."""
-    path = Path(model_dir)
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_dir) and not path.parent.is_dir()
-    if not path.is_dir() and (path.exists() or not hub_id):
-        what = "is a file, not a directory" if path.exists() else "does not exist"
-        raise UserError(f"the model directory {model_dir} {what}: {hint or 'give it with --model-name-or-path'}")
-
-
-def _check_file(path, tensors, hint):
-    """Check one file of weights. tensors: names that must be in it (only a safetensors file tells them unloaded)."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {hint}")
-    damaged = UserError(f"{path} is cut short or damaged: delete it and {hint}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if path.suffix != ".safetensors":
-            # torch >= 1.6 writes a zip file, its table of contents last; before, a pickle
-            start = file.read(2)
-            if not (zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"):
-                raise damaged
-            return
-        # 8 bytes, little endian: the header's length; the header, JSON {tensor: {"data_offsets": [begin, end]}}; data
-        length = int.from_bytes(file.read(8), "little")
-        if 8 + length > size or length > 100_000_000:  # the format's own limit
-            raise damaged
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            expected = 8 + length + max([entry["data_offsets"][1] for entry in header.values()], default=0)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise damaged from None
-    if size != expected:
-        raise damaged
-    if tensors - set(header):
-        raise UserError(f"{path} lacks the tensor {min(tensors - set(header))}: delete it and {hint}")
+    # in a thread, for the timeout does not cover a name server that never answers
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return dict(hub)
 
 
 def _choose(repo_id, on_hub):
@@ -224,10 +136,6 @@ def _choose(repo_id, on_hub):
 
 def _complete(path, size):
     return path.is_file() and path.stat().st_size == size
-
-
-def _gb(size):
-    return f"{size / 1e9:.1f} GB"
 
 
 def _bytes_of_partial_files(target, age=60):

@@ -6,12 +6,15 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Callable, Dict
 
 import torch
 from tqdm import tqdm
+
+from common import missing_package
+from common.files import flush, written_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,62 +36,53 @@ class TrainingLog:
     def __exit__(self, *_):
         self.bar.close()
         self.file.close()
+        flush(self.directory / "training_log.jsonl")
 
-    def train(self, step: int, loss: float, duration: float, tokens: int, lr: float) -> None:
+    def training_loss(self, step: int, loss: float, duration: float, tokens: int, lr: float) -> None:
         """What happened since the last line: the mean loss of a label token, seconds, tokens (padding not counted)."""
         throughput = tokens / duration
-        self._line(
-            f"[Step {step}/{self.total_steps}] | Loss: {loss:.5f} | Duration: {duration:.2f} | "
-            f"Throughput: {throughput:.2f} tokens/sec"
-        )
-        self._record(step=step, loss=loss, duration=duration, tokens_per_second=throughput, lr=lr)
+        words = f"Loss: {loss:.5f} | Duration: {duration:.2f} | Throughput: {throughput:.2f} tokens/sec"
+        self._tell(words, step=step, loss=loss, duration=duration, tokens_per_second=throughput, lr=lr)
 
-    def step(self) -> None:
-        """Move the progress bar on by a step."""
-        self.bar.update()
-
-    def held_out(self, step: int, loss: float) -> None:
+    def held_out_loss(self, step: int, loss: float) -> None:
         """The mean loss of a label token of the held-out rows."""
-        self._line(f"[Step {step}/{self.total_steps}] | Held-out loss: {loss:.5f}")
-        self._record(step=step, held_out_loss=loss)
+        self._tell(f"Held-out loss: {loss:.5f}", step=step, held_out_loss=loss)
 
-    def _line(self, text: str) -> None:
+    def _tell(self, words: str, **record) -> None:
         # above the bar, and on standard output, so that it can be piped into a file
         with tqdm.external_write_mode(file=sys.stdout):
-            print(text, flush=True)
-
-    def _record(self, **values) -> None:
-        self.records.append(values)
-        self.file.write(json.dumps(values) + "\n")
+            print(f"[Step {record['step']}/{self.total_steps}] | {words}", flush=True)
+        self.records.append(record)
+        self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
-    def finish(self, options: dict, dataset_meta: dict, device: str) -> None:
-        """Draw training_loss.png and write run.json: everything that is needed to run the same again."""
+    def draw(self) -> None:
+        """Draw training_loss.png."""
         try:
             draw_losses(self.records, self.directory / "training_loss.png")
+        except ModuleNotFoundError as error:
+            print(f"training_loss.png was not drawn: {missing_package(error.name)}")
         except Exception as error:  # a picture is not worth a trained model, which is saved after this
             print(f"training_loss.png was not drawn: {error}")
-        run = {
-            "command": sys.argv,
-            "options": options,
-            "dataset": dataset_meta,
-            "device": device,
-            "commit": _commit(),
-            "python": platform.python_version(),
-            "torch": str(torch.__version__),
-            "transformers": version("transformers"),
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        (self.directory / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def facts_of_run(options: dict, dataset_meta: dict, device: str) -> dict:
+    """What run.json says, besides when the run finished: everything that is needed to run the same again."""
+    return {
+        "command": sys.argv,
+        "options": options,
+        "dataset": dataset_meta,
+        "device": device,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
+    }
 
 
 def draw_losses(records: list, path: Path) -> None:
     """A picture of the losses: of the training batches, and of the held-out rows where there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # a server has no screen
-    import matplotlib.pyplot as plt
-
+    plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held-out", "o--")):
         points = [(record["step"], record[key]) for record in records if key in record]
@@ -99,8 +93,46 @@ def draw_losses(records: list, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _save(figure, path)
+
+
+def draw_before_and_after(measures: Dict[str, dict], digits: Callable[[str], str], path: Path) -> None:
+    """Bars before and after a training, {measure: {"before", "after", "rows"}}; the first has a scale of its own."""
+    plt = _pyplot()
+    panels = [names for names in ([*measures][:1], [*measures][1:]) if names]
+    widths = [len(names) for names in panels]
+    size, ratios = (2.5 + 1.6 * sum(widths), 4.5), {"width_ratios": widths}
+    figure, row_of_axes = plt.subplots(1, len(panels), figsize=size, gridspec_kw=ratios, squeeze=False)
+    for axes, names in zip(row_of_axes[0], panels):
+        for when, colour, shift in (("before", "tab:gray", -0.2), ("after", "tab:blue", 0.2)):
+            places = [place + shift for place in range(len(names))]
+            bars = axes.bar(places, [measures[name][when] for name in names], 0.38, color=colour, label=when)
+            axes.bar_label(bars, fmt=digits(names[0]), padding=2)
+        axes.set_xticks(range(len(names)))
+        axes.set_xticklabels([f"{name}\n{measures[name]['rows']} rows" for name in names])
+        axes.set_xlim(-0.6, len(names) - 0.4)
+        axes.margins(y=0.12)
+        axes.set_axisbelow(True)
+        axes.grid(axis="y", alpha=0.3)
+    title = "Held-out rows, before and after the training"
+    figure.legend(*axes.get_legend_handles_labels(), title=title, loc="upper center", ncol=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.88))  # below the legend
+    _save(figure, path)
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")  # a server has no screen
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure, path: Path) -> None:
+    with written_whole(path) as new:
+        figure.savefig(new, dpi=120)
+    _pyplot().close(figure)
 
 
 def _commit():

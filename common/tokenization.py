@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from itertools import islice
-from typing import Callable, Iterable, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError
-from common.download import base_of, require_model_directory
-
-ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
+from common.model_directory import positions, require_directory
 
 
 class Example(NamedTuple):
@@ -24,12 +21,12 @@ class Example(NamedTuple):
 def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     """The tokenizer of a model directory (or of a hub id). UserError, ending in `hint`, where there is none, and where
     `block_size` is beyond the positions that the model has."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    require_model_directory(model_dir, hint)
+    require_directory(model_dir, hint)
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        positions = getattr(AutoConfig.from_pretrained(base_of(model_dir)), "max_position_embeddings", None)
+        most = positions(model_dir)
     except Exception as error:  # a file of another version fails as a bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
@@ -37,8 +34,8 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
-    if positions is not None and block_size > positions:
-        raise UserError(f"--block-size {block_size} is beyond the {positions} positions of {model_dir}; take fewer.")
+    if most is not None and block_size > most:
+        raise UserError(f"--block-size {block_size} is beyond the {most} positions of {model_dir}; take fewer.")
     return tokenizer
 
 
@@ -51,35 +48,44 @@ def fingerprint(tokenizer) -> str:
 
 def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
     """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
-    return _encode(tokenizer, [example._replace(answer="")], limit + 1, Counter())[0][0][:-1]  # less the end token
+    [ids] = _prompt_ids(tokenizer, ["".join(example.prompt)])
+    return ids if len(ids) <= limit else _cut_prompt(tokenizer, example.prompt, limit)
 
 
 def encode_rows(
-    rows: Iterable[dict],
-    template: Callable[[dict], Example],
-    tokenizer,
-    block_size: int,
-    counts: Counter,
-) -> Iterator[Tuple[List[int], int]]:
-    """Yield (token ids, index of the answer's first token) for each row that has an answer.
+    rows: Sequence[dict], template: Callable[[dict], Example], tokenizer, block_size: int
+) -> Tuple[List[Tuple[List[int], int]], Counter]:
+    """(token ids, index of the answer's first token) of each row that has an answer; and counts of what was done.
 
     The ids are: bos as the tokenizer adds it, prompt, answer, the tokenizer's own end id; `block_size` at most. Prompt
     and answer are tokenized apart, so that no token spans the two and the prompt has the same ids as in a question.
-    `counts` grows by rows, dropped, prompts cut, answers cut, tokens. Raises UserError where a row lacks a column.
+    Counted are rows, tokens, dropped, prompts cut, answers cut. Raises UserError where a row lacks a column, and where
+    a block has no room for an answer.
     """
-    rows = iter(rows)
-    while True:
-        chunk = list(islice(rows, ROWS_AT_ONCE))
-        if not chunk:
-            return
-        examples = [_apply(template, row) for row in chunk]
-        answered = [example for example in examples if example.answer and example.answer.strip()]
-        counts["dropped"] += len(examples) - len(answered)
-        if answered:
-            for ids, answer_start in _encode(tokenizer, answered, block_size, counts):
-                counts["rows"] += 1
-                counts["tokens"] += len(ids)
-                yield ids, answer_start
+    examples = [_apply(template, row) for row in rows]
+    answered = [example for example in examples if example.answer and example.answer.strip()]
+    counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
+    if not answered:
+        return [], counts
+    prompts = _prompt_ids(tokenizer, ["".join(example.prompt) for example in answered])
+    answers = _ids(tokenizer, [example.answer for example in answered], add_special_tokens=False)
+    encoded = []
+    for example, prompt, answer in zip(answered, prompts, answers):
+        if len(prompt) + len(answer) + 1 > block_size:
+            counts["prompts cut"] += 1
+            prompt = _cut_prompt(tokenizer, example.prompt, block_size - len(answer) - 1)
+            room = block_size - len(prompt) - 1
+            if room < 1:
+                raise UserError(
+                    f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
+                    f"{len(prompt)}. Take a larger --block-size."
+                )
+            if len(answer) > room:
+                counts["answers cut"] += 1
+                answer = answer[:room]
+        encoded.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
+    counts["tokens"] = sum(len(ids) for ids, _ in encoded)
+    return encoded, counts
 
 
 def _apply(template, row: dict) -> Example:
@@ -101,27 +107,6 @@ def _text(value) -> str:
         )
     # half an emoji, as scraped text has them, is legal in JSON and in no encoding
     return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def _encode(tokenizer, examples: List[Example], block_size: int, counts: Counter) -> List[Tuple[List[int], int]]:
-    prompts = _ids(tokenizer, ["".join(example.prompt) for example in examples], add_special_tokens=True)
-    answers = _ids(tokenizer, [example.answer for example in examples], add_special_tokens=False)
-    encoded = []
-    for example, prompt, answer in zip(examples, prompts, answers):
-        if len(prompt) + len(answer) + 1 > block_size:
-            counts["prompts cut"] += 1
-            prompt = _cut_prompt(tokenizer, example.prompt, block_size - len(answer) - 1)
-            room = block_size - len(prompt) - 1
-            if room < 1 and answer:
-                raise UserError(
-                    f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
-                    f"{len(prompt)}. Take a larger --block-size."
-                )
-            if len(answer) > room:
-                counts["answers cut"] += 1
-                answer = answer[:room]
-        encoded.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
-    return encoded
 
 
 def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
@@ -146,15 +131,13 @@ def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
         pieces[place] = pieces[place][: min(cut_at, len(pieces[place]) - 1)]
 
 
+def _prompt_ids(tokenizer, prompts: List[str]) -> List[List[int]]:
+    return [_without_end(tokenizer, ids) for ids in _ids(tokenizer, prompts, add_special_tokens=True)]
+
+
 def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int]]:
-    encoding = _tokenize(
-        tokenizer,
-        texts,
-        add_special_tokens=add_special_tokens,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )
-    return [_without_end(tokenizer, ids) if add_special_tokens else ids for ids in encoding["input_ids"]]
+    options = {"return_attention_mask": False, "return_token_type_ids": False}
+    return _tokenize(tokenizer, texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
 
 
 def _tokenize(tokenizer, texts, **options):

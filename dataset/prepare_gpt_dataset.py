@@ -3,11 +3,8 @@
     python dataset/prepare_gpt_dataset.py
     python dataset/prepare_gpt_dataset.py --dataset-name-or-path dataset/samples/Evol-Instruct-Python-26k
 
-Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
-dataset/templates.py: instruction(), or a folder with a train and a validation file of that kind.
+Your own file or folder goes the same way, with the columns of instruction() in dataset/templates.py.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -33,10 +30,8 @@ def main():
     tokenizer = load_tokenizer(
         args.model_name_or_path, args.block_size, hint="Run python tutorial/download_gpt_13b.py first."
     )
-
     print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)
-
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, instruction, tokenizer, args)
 

@@ -5,11 +5,8 @@
 
 Both sizes have the same tokenizer: one file serves both, and the tokenizer of either makes it.
 
-Your own data goes the same way: a .jsonl, .json, .csv or .parquet file with the columns of
-dataset/templates.py: summarization(), or a folder with a train and a validation file of that kind.
+Your own file or folder goes the same way, with the columns of summarization() in dataset/templates.py.
 """
-
-from __future__ import annotations
 
 import sys
 from pathlib import Path
@@ -39,10 +36,8 @@ def main():
         args.block_size,
         hint="Run python tutorial/download_llama3_8b.py or download_llama3_70b.py first.",
     )
-
     print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)
-
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, summarization, tokenizer, args)
 

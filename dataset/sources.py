@@ -26,18 +26,14 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     train are held out. UserError: no such file or dataset, no rows; and later, a row that is not valid JSON.
     """
     path, source = Path(name_or_path), name_or_path
+    looks_local = path.suffix in SUFFIXES or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if name_or_path == "standard-library":
         splits, source = standard_library_splits(), f"the standard library of Python {platform.python_version()}"
     elif path.is_dir():
         splits = _folder(path)
     elif path.suffix in SUFFIXES and path.is_file():
         splits = {"train": FileRows(path)}
-    elif (
-        path.exists()
-        or path.suffix in SUFFIXES
-        or name_or_path.startswith((".", "/", "~"))
-        or name_or_path.count("/") > 1
-    ):
+    elif path.exists() or looks_local:
         what = "is not a file of these" if path.exists() else "does not exist"
         raise UserError(
             f"{name_or_path} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
@@ -89,9 +85,7 @@ class FileRows:
                     try:
                         yield json.loads(line)
                     except json.JSONDecodeError as error:
-                        raise UserError(
-                            f"{self.path}, line {number} is not valid JSON: {error.msg}. Mend that line."
-                        ) from None
+                        raise self._no_json(number, error) from None
 
     def _json(self) -> Iterator[dict]:
         with open(self.path, encoding="utf-8-sig") as file:
@@ -102,9 +96,10 @@ class FileRows:
             try:
                 yield from json.load(file)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{self.path}, line {error.lineno} is not valid JSON: {error.msg}. Mend that line."
-                ) from None
+                raise self._no_json(error.lineno, error) from None
+
+    def _no_json(self, line: int, error: json.JSONDecodeError) -> UserError:
+        return UserError(f"{self.path}, line {line} is not valid JSON: {error.msg}. Mend that line.")
 
     def _csv(self) -> Iterator[dict]:
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an article is longer than csv's default limit

@@ -13,16 +13,8 @@ from typing import Dict, Iterator, List, Tuple
 # installed packages, tests, examples and generated tables are not what one wants to learn from; distutils is gone since
 # Python 3.12; and what begins with _py is a second implementation of a module in C, function for function
 LEFT_OUT = {
-    "site-packages",
-    "test",
-    "tests",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "pydoc_data",
-    "encodings",
-    "distutils",
-}
+    "site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "encodings", "distutils"
+}  # fmt: skip
 HELD_OUT_PERCENT = 5
 
 
@@ -45,11 +37,8 @@ def standard_library_splits() -> Dict[str, List[dict]]:
     finally:
         gc.enable()
     docstrings, codes = ({key[place] for key in splits["train"]} for place in (0, 1))
-    validation = [
-        row
-        for (docstring, code), row in splits["validation"].items()
-        if docstring not in docstrings and code not in codes
-    ]
+    held_out = splits["validation"].items()
+    validation = [row for (docstring, code), row in held_out if docstring not in docstrings and code not in codes]
     return {"train": list(splits["train"].values()), "validation": validation}
 
 
@@ -84,8 +73,5 @@ def _functions(path: str) -> Iterator[Tuple[str, str, str]]:
                     first = node.body[0]
                     head = lines[node.lineno - 1 : first.lineno - 1]
                     signature = textwrap.dedent("\n".join(head)) if scope is not tree else ""
-                    yield (
-                        docstring,
-                        signature,
-                        textwrap.dedent("\n".join(head + lines[first.end_lineno : node.end_lineno])),
-                    )
+                    code = textwrap.dedent("\n".join(head + lines[first.end_lineno : node.end_lineno]))
+                    yield docstring, signature, code

@@ -10,23 +10,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import List, Optional
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from common import UserError
+from common import UserError, brought_by
+from common.model_directory import ADAPTER, adapter_facts
 
-NAME = "adapter_model.safetensors"  # as peft has it, like adapter_config.json
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
 LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
 LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)
-# not for the reader: bitsandbytes offers a package at each import and tells of each cast, peft asks by an older name
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # it is set right where the base's layers differ
 
 
 def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
@@ -35,18 +32,11 @@ def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
     A weight is turned back into `dtype` for each product. UserError without a bitsandbytes that can do it.
     """
     least = LEAST_BITSANDBYTES.get(device.type, LEAST_BITSANDBYTES_ELSEWHERE)
-    _require("bitsandbytes", least, f"--load-in-{bits}bit", "-r requirements/requirements_4bit.txt")
+    _require("bitsandbytes", least, f"--load-in-{bits}bit")
     from transformers import BitsAndBytesConfig
 
-    if bits == 8:
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(**{"load_in_8bit": True} if bits == 8 else {**four, "bnb_4bit_compute_dtype": dtype})
     return {"quantization_config": config, "device_map": device}
 
 
@@ -61,34 +51,36 @@ def keep_trainable(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def add_lora(model: nn.Module, args) -> nn.Module:
-    """`model`, frozen, with a new adapter of `args.lora_*` on it: a peft model. Its own weights are float32.
+def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, target_modules: List[str]) -> nn.Module:
+    """`model` of the directory `base`, frozen, with a new adapter on it: a peft model. Its own weights are float32.
 
-    UserError where the model has no layer of a name in `args.lora_target_modules`; it lists those that it has.
+    `target_modules`: names of layers, or ["all-linear"]. UserError where the model has no layer of a name; it lists
+    those that it has.
     """
-    _require("peft", LEAST_PEFT, "--use-lora", "peft")
+    _require("peft", LEAST_PEFT, "--use-lora")
     from peft import LoraConfig, get_peft_model
 
     have = {name.split(".")[-1]: type(layer) for name, layer in _linear_layers(model)}
-    names = args.lora_target_modules
-    unknown = [] if names == ["all-linear"] else [name for name in names if name not in have]
+    every = target_modules == ["all-linear"]
+    unknown = [] if every else [name for name in target_modules if name not in have]
     if unknown:
         raise UserError(
-            f"--lora-target-modules {unknown[0]}: {args.model_name_or_path} has no layer of that name. "
+            f"--lora-target-modules {unknown[0]}: {base} has no layer of that name. "
             f"It has {', '.join(sorted(have))}; all-linear takes all of them."
         )
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=args.model_name_or_path,
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=sorted(have) if names == ["all-linear"] else names,
+        base_model_name_or_path=base,
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=sorted(have) if every else target_modules,
         fan_in_fan_out=Conv1D in have.values(),  # GPT-2 and Cerebras-GPT keep their matrices transposed
     )
-    model = get_peft_model(model, config)
+    with _without_warnings():
+        model = get_peft_model(model, config)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    print(f"LoRA: {trained:,} trainable parameters, r {args.lora_r}, beside {', '.join(sorted(config.target_modules))}")
+    print(f"LoRA: {trained:,} trainable parameters, r {r}, beside {', '.join(sorted(config.target_modules))}")
     return model
 
 
@@ -113,23 +105,13 @@ def save_adapter(model: nn.Module, directory: Path, template: str) -> None:
         "base_bits": str(_bits(model)),
         "template": template,
     }
-    save_file({name: weight.cpu().contiguous() for name, weight in weights.items()}, directory / NAME, metadata=facts)
-
-
-def adapter_facts(adapter_dir) -> dict:
-    """What `save_adapter` wrote beside the weights, str -> str; of another tool's adapter less, of none {}."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(Path(adapter_dir) / NAME, "pt") as file:
-            return file.metadata() or {}
-    except OSError:
-        return {}
+    weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    save_file(weights, directory / ADAPTER, metadata=facts)
 
 
 def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
     """`model` with the adapter of `adapter_dir` on it, to be asked or merged. UserError where it is of another base."""
-    _require("peft", LEAST_PEFT, "an adapter", "peft")
+    _require("peft", LEAST_PEFT, "an adapter")
     from peft import PeftModel
 
     base = model.name_or_path
@@ -140,10 +122,20 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
             f"or write the right directory into base_model_name_or_path of {adapter_dir}/adapter_config.json."
         )
     try:
-        return PeftModel.from_pretrained(model, adapter_dir)
+        with _without_warnings():
+            return PeftModel.from_pretrained(model, adapter_dir)
     except Exception as error:  # a damaged file, layers of another model: each has a type of its own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"The adapter {adapter_dir} can't be put on {base}: {reason}. Train it again.") from None
+
+
+@contextmanager
+def _without_warnings():
+    """Not for the reader: peft asks transformers by an older name, and tells of what is set right."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # for GPT-2's layers
+        yield
 
 
 def _linear_layers(model: nn.Module):
@@ -173,11 +165,12 @@ def _fingerprint(model_dir: str) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def _require(package: str, least: tuple, what: str, to_install: str) -> None:
+def _require(package: str, least: tuple, what: str) -> None:
     """UserError unless `package` of version `least` or newer is there and can be imported."""
     from importlib import import_module
     from importlib.metadata import PackageNotFoundError, version
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import, peft's too, it offers a package
     problem: Optional[str] = None
     try:
         have = version(package)
@@ -191,4 +184,6 @@ def _require(package: str, least: tuple, what: str, to_install: str) -> None:
         problem = f"{have} does not work with torch {torch.__version__} ({type(error).__name__})"
     if problem:
         number = ".".join(map(str, least))
-        raise UserError(f"{what} needs {package} {number} or newer, and {problem}: pip install {to_install}")
+        raise UserError(
+            f"{what} needs {package} {number} or newer, and {problem}: pip install -r {brought_by(package)}"
+        )

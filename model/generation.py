@@ -1,14 +1,19 @@
-"""Asking a model: the prompt in the format of its training, the answer written to the terminal as it is made."""
+"""Asking a model: one question, its answer written to the terminal as it is made, or many at once."""
 
 from __future__ import annotations
 
+import math
 import sys
-from typing import List
+from typing import List, Tuple
 
 import torch
+from tqdm import tqdm
 from transformers import TextStreamer
 
 from common import UserError
+from common.batching import Batches
+from common.training import total_loss
+from model.loss import CausalLMLoss
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
@@ -22,26 +27,26 @@ def prompt_room(model, max_new_tokens: int) -> int:
 
 
 @torch.no_grad()
-def stream_answer(model, tokenizer, prompt_ids: List[int], args) -> str:
+def stream_answer(model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float) -> str:
     """Print the prompt and the model's answer to it, token by token, until the end token; return the answer.
 
-    Greedy where `args.temperature` is 0, sampled otherwise; `args.max_new_tokens` at most.
+    Greedy where `temperature` is 0, sampled otherwise.
     """
     prompt = torch.tensor([prompt_ids], device=model.device)
     print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.eval()
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        max_new_tokens=args.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )[0, prompt.shape[1] :]
     if output[-1] != tokenizer.eos_token_id:
-        print(f"(cut after --max-new-tokens {args.max_new_tokens}: the answer has not ended by itself)")
+        print(f"(cut after --max-new-tokens {max_new_tokens}: the answer has not ended by itself)")
     return tokenizer.decode(output, skip_special_tokens=True)
 
 
@@ -67,7 +72,28 @@ def answer_ids(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) 
     return output[:, longest:].tolist()
 
 
-def answer_all(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[str]:
-    """The text of `answer_ids`, without the end token."""
-    answers = answer_ids(model, tokenizer, prompts, max_new_tokens)
-    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+def perplexity_and_answers(
+    model, tokenizer, batches: Batches, prompts: List[List[int]], max_new_tokens: int, accelerator, when: str
+) -> Tuple[float, List[Tuple[str, bool]]]:
+    """The perplexity (exp of the mean loss of a label token) of the first rows of `batches`, and to each of their
+    prompts (token ids) the likeliest answer and whether it ended by itself; no answers where `max_new_tokens` is 0.
+
+    `when` names the progress bar. UserError where the model has no room for the answers.
+    """
+    if max(map(len, prompts)) > prompt_room(model, max_new_tokens):
+        raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for the longest prompt. Take fewer.")
+    with_loss = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
+    loss, answers, at_once = 0.0, {}, batches.batch_size
+    # prompts of like length together; the longest first, so that too little memory shows at once
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    with tqdm(total=len(order), desc=when, unit="row", dynamic_ncols=True) as bar:
+        for rows in (order[start : start + at_once] for start in range(0, len(order), at_once)):
+            loss += total_loss(with_loss, batches, rows, accelerator)
+            if max_new_tokens:
+                answers.update(zip(rows, answer_ids(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)))
+            bar.update(len(rows))
+    answered = [
+        (tokenizer.decode(answers[row], skip_special_tokens=True).strip(), tokenizer.eos_token_id in answers[row])
+        for row in sorted(answers)
+    ]
+    return math.exp(loss / int(batches.label_counts[order].sum())), answered

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IGNORED = -100  # the label of a position that carries no loss, as in common.batching
+from common.batching import IGNORED
+
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
 CHUNK_ELEMENTS = {"cpu": 2**24}
 CHUNK_ELEMENTS_ELSEWHERE = 2**27
@@ -28,22 +29,30 @@ class CausalLMLoss(nn.Module):
 
     def __init__(self, model: nn.Module, static_shapes: bool = False):
         super().__init__()
-        # an adapter is a part of its layers: the base's own forward goes through it
-        self.model = model = model.get_base_model() if hasattr(model, "peft_config") else model
-        self.own_head = static_shapes or not has_plain_head(model)
+        self.model = model
+        # None: asked at the first forward, for a model on the meta device, or in shards, can't answer before
+        self.own_head: Optional[bool] = True if static_shapes else None
+
+    @property
+    def network(self) -> nn.Module:
+        """The model whose forward is called: an adapter is a part of its layers, so that of the base."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
+        network = self.network
+        if self.own_head is None:
+            self.own_head = not has_plain_head(network)
         targets = labels[:, 1:]  # the hidden state of a position predicts the next token
         if self.own_head:
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            logits = network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
             return F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
-        hidden = self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        hidden = network.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         chosen = targets != IGNORED
-        head = self.model.get_output_embeddings()
+        head = network.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()

@@ -10,45 +10,25 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import tempfile
 from pathlib import Path
 
-import sentencepiece
-import torch
-import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 from common import UserError
+from common.download import download_model
+from common.files import require_place, written_whole
+from model.configs import CONFIGS
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 VOCABULARY = 1600  # tokens, as far as the samples give so many; Llama3's and GPT's special ones come on top
 REAL_WEIGHTS = 50 * 2**20  # bytes; no stand-in has a file of that size
 
-# config.json with the names of the hub's files: every transformers reads them, while the file that 5.x saves has new
-# names (`rope_parameters`), which older ones pass over. Widths and depths are ours, everything else is the real
-# model's, the dtype too: transformers 5 loads what is stored, so a script that forgets to ask for fp32 gets bf16 here.
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 224,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_act": "silu",
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+# The real model's config.json, smaller, with the names of the hub's files: every transformers reads them, while the
+# file that 5.x saves has new names (`rope_parameters`), which older ones pass over. The dtype is the real one's too:
+# transformers 5 loads what is stored, so a script that forgets to ask for fp32 gets bf16 here.
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4,
 }  # fmt: skip
-LLAMA3_1_ROPE = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-CONFIGS = {
-    "llama2": {**LLAMA, "num_key_value_heads": 4, "max_position_embeddings": 4096, "torch_dtype": "float16"},
-    "mistral": {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
-                "max_position_embeddings": 32768, "sliding_window": 4096},
-    "llama3": {**LLAMA, "rope_theta": 500000.0, "max_position_embeddings": 8192},
-    "llama3_1": {**LLAMA, "rope_theta": 500000.0, "max_position_embeddings": 131072, "rope_scaling": LLAMA3_1_ROPE},
-    "gpt": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_inner": 256, "n_layer": 2,
-            "n_head": 4, "n_positions": 2048, "activation_function": "gelu", "attn_pdrop": 0.0, "embd_pdrop": 0.0,
-            "resid_pdrop": 0.0, "torch_dtype": "float32"},
-    "smollm2": {**LLAMA, "rope_theta": 100000.0, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-                "torch_dtype": "float32"},
-}  # fmt: skip
+
 
 # tokenizer_config.json with the class that the hub's names, because a class has habits of its own (the padding side).
 SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
@@ -82,43 +62,38 @@ LLAMA3_WORDS = (
 )
 
 
+def download_or_stand_in(args, kind: str) -> None:
+    """What a download script does: fetch the model that `args` name, or with --tiny write the stand-in for it."""
+    if args.tiny:
+        write_tiny(kind, args.save_dir)
+        print(f"Stand-in model saved in {args.save_dir}")
+    else:
+        download_model(args.model_name, args.save_dir, args.token)
+
+
 def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
     """Write the stand-in for `kind`, a key of CONFIGS, to `save_dir`: whole or not at all.
 
     The same seed and samples give the same files. In a directory that exists, the files of these names are replaced and
     all others stay; one that holds a real model is refused.
     """
-    settings, target = dict(CONFIGS[kind]), Path(save_dir).resolve()
+    settings = {key: SMALL.get(key, value) for key, value in CONFIGS[kind].items()}
+    if CONFIGS[kind].get("num_key_value_heads") == CONFIGS[kind].get("num_attention_heads", 0):
+        settings["num_key_value_heads"] = SMALL["num_attention_heads"]  # Llama2 13B shares none
+    target = Path(save_dir).resolve()
     _refuse_what_is_not_ours(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # inside or beside the target, so that the renaming stays on one disk; `with` removes it after Ctrl-C as well
-        scratch = tempfile.TemporaryDirectory(prefix=".tiny-", dir=target if target.exists() else target.parent)
-    except OSError as error:
-        raise UserError(f"cannot write to {target}: {error.strerror}. Choose another --save-dir.") from error
-    with scratch:
-        folder = Path(scratch.name) / "model"
-        folder.mkdir()  # with the usual permissions; the scratch directory is its owner's alone
+    require_place(target, "--save-dir")
+    with written_whole(target, stale=("tokenizer.model",)) as folder:
+        folder.mkdir()
         tokenizer = _sentencepiece(folder) if TOKENIZERS[kind] is SENTENCEPIECE else _byte_level(kind)
         _save_tokenizer(tokenizer, TOKENIZERS[kind], folder)
         settings["vocab_size"] = tokenizer.get_vocab_size()
         names = [name for name in ("bos_token", "eos_token", "pad_token") if name in TOKENIZERS[kind]]
         settings.update({f"{name}_id": tokenizer.token_to_id(TOKENIZERS[kind][name]) for name in names})
         _save_model(settings, folder, seed)
-        if not target.exists():
-            os.replace(folder, target)
-            return
-        # config.json goes first and comes back last: without it, a mixture of two models does not load
-        for name in ("config.json", "tokenizer.model"):
-            if (target / name).exists():
-                (target / name).unlink()
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-            os.replace(file, target / file.name)
 
 
 def _refuse_what_is_not_ours(target):
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file, and a model needs a directory. Choose another --save-dir.")
     for file in target.rglob("*"):  # all the way down: a download under way is kept in .cache, as *.incomplete
         weights = file.suffix in (".safetensors", ".bin", ".pth", ".gguf", ".incomplete") and file.is_file()
         if weights and file.stat().st_size > REAL_WEIGHTS:
@@ -132,14 +107,16 @@ def _texts():
     """Every text of every sample row, in an order that is the same on every machine."""
     files = sorted(SAMPLES.glob("*/train.jsonl"))
     rows = [json.loads(line) for file in files for line in file.open(encoding="utf-8") if line.strip()]
-    texts = [value for row in rows for value in row.values() if isinstance(value, str)]
-    if not any(texts):
+    if not rows:
         raise UserError(f"no rows in {SAMPLES}/*/train.jsonl to train a tokenizer on. Clone the repository again.")
-    return texts
+    return [value for row in rows for value in row.values() if isinstance(value, str)]
 
 
 def _sentencepiece(folder):
     """Train tokenizer.model with Llama2's settings, and return the equivalent tokenizer for tokenizer.json."""
+    import sentencepiece
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(  # coverage: the rarest characters become bytes, as most Hangul in Llama2
         sentence_iterator=(line for text in _texts() for line in text.splitlines()), model_writer=model,
@@ -170,6 +147,8 @@ def _sentencepiece(folder):
 
 def _byte_level(kind):
     """Train the byte-level BPE of Llama3, GPT-2 or SmolLM2. Its bytes begin with `!`, id 0 in the first two."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
     llama3, specials = kind.startswith("llama3"), SPECIALS[kind]
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama3))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
@@ -191,6 +170,8 @@ def _byte_level(kind):
 
 
 def _begin_with(tokenizer, bos):
+    from tokenizers import processors
+
     ids = [(bos, tokenizer.token_to_id(bos))]
     return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=ids)
 
@@ -209,6 +190,9 @@ def _save_tokenizer(tokenizer, settings, folder):
 
 
 def _save_model(settings, folder, seed):
+    import torch
+    import transformers
+
     # transformers reads the settings from a file because it changes the dict that it is given; without the dtype,
     # because the random numbers are drawn in fp32, which every torch can
     _save_json({key: value for key, value in settings.items() if key != "torch_dtype"}, folder / "config.json")

@@ -348,6 +348,7 @@ class Shell:
 
 
 SILENT = {"out": "", "err": "", "status": 0}
+WITHOUT_CONFIG = environment(GIT_CONFIG_NOSYSTEM="1", GIT_CONFIG_GLOBAL=os.devnull, XDG_CONFIG_HOME=os.devnull)
 CAPTURED = {"capture_output": True, "text": True, "check": True}
 
 
@@ -729,4 +730,15 @@ def mistakes(text: str, page: Path, shell: Shell) -> List[str]:
             reader.follow(block)
         except Mistake as mistake:
             found.append(mistake.args)
+    found += [(len(prose), f"the page writes {path}, which .gitignore does not cover") for path in not_ignored(shell)]
     return [f"{name}:{line}: {what}" for line, what in sorted(found)]
+
+
+def not_ignored(shell: Shell) -> List[str]:
+    """What git would show as new in the clone, but for the reader's own files and scripts."""
+    if not shell.clone or not shutil.which("git"):
+        return []
+    subprocess.run(["git", "init", "--quiet", shell.clone], env=WITHOUT_CONFIG, check=True)
+    git = ["git", "-C", shell.clone, "ls-files", "--others", "--exclude-standard", "-z"]
+    new = subprocess.run(git, env=WITHOUT_CONFIG, **CAPTURED).stdout.split("\0")
+    return [path for path in new if path and shell.clone / path not in shell.given and not path.endswith(".py")]

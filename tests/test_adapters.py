@@ -8,7 +8,6 @@ import re
 import shutil
 import stat
 from argparse import Namespace
-from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
@@ -17,33 +16,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import UserError, training
+from common import UserError
 from common.accelerator import start_accelerator
+from common.batching import Batches
 from common.dataset_cache import load_dataset, prepare_dataset
-from common.download import base_of, require_adapter, require_model
+from common.model_directory import adapter_facts, base_of, require_adapter, require_model
+from common.optimizer import make_optimizer
 from common.tokenization import load_tokenizer
-from common.training import make_optimizer, train
+from common.training import train
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
-from model.adapters import adapter_facts
-from model.generation import answer_all
-from model.loading import load_model, load_to_train, require_disk, save_model
+from model.generation import answer_ids
+from model.loading import load_model, load_to_train, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.conftest import ROOT
+from tests.helpers import needs_bitsandbytes, quantizes
 from tests.test_loss import a_split
 from tests.test_training import CPU, options
 
-
-def quantizes() -> bool:
-    """Whether this machine's bitsandbytes is one that quantizes on a CPU; the older sets of packages have none."""
-    try:
-        return tuple(map(int, version("bitsandbytes").split(".")[:2])) >= (0, 46)
-    except PackageNotFoundError:
-        return False
-
-
-needs_bitsandbytes = pytest.mark.skipif(not quantizes(), reason="needs a bitsandbytes that quantizes on a CPU")
 FOUR, EIGHT = (pytest.param(bits, id=f"{bits} bit", marks=needs_bitsandbytes) for bits in (4, 8))
 WHOLE = pytest.param(0, id="whole")
 BF16, FP16 = CPU._replace(dtype=torch.bfloat16), CPU._replace(dtype=torch.float16)  # a T4 has no bfloat16
@@ -75,23 +66,27 @@ def lora(model_dir, tmp_path, **changed):
 
 
 def adapted(args, accelerator=CPU):
-    """The model of `args` with its adapter, as if that had learned: a new one's B is zero, and so is all it adds."""
+    """The model of `args` with its adapter and its loss, as if it had learned: a new one's B is zero, and so is all it
+    adds."""
     torch.manual_seed(args.seed)
-    model = load_to_train(args, accelerator)
+    module = load_to_train(args, accelerator)
     generator = torch.Generator().manual_seed(1)
-    for name, weight in model.named_parameters():
+    for name, weight in module.named_parameters():
         if "lora_B" in name:
             weight.data.normal_(0, 0.1, generator=generator)
-    return model
+    return module
+
+
+OF_ALPACA = {"dataset": {"template": "alpaca"}}  # what of a run is written into an adapter's file
 
 
 @pytest.fixture
 def saved(directory, tmp_path, capsys):
     """A function: the directory in which an adapter on a stand-in was saved."""
 
-    def saved(kind, name="adapter", **changed):
+    def saved(kind, name="adapter", run=OF_ALPACA, **changed):
         args = lora(directory(kind), tmp_path, **changed)
-        save_model(adapted(args), load_tokenizer(args.model_name_or_path), str(tmp_path / name), template="alpaca")
+        save_model(adapted(args), load_tokenizer(args.model_name_or_path), str(tmp_path / name), run=run)
         capsys.readouterr()
         return tmp_path / name
 
@@ -145,7 +140,7 @@ def test_only_the_adapters_weights_change_and_the_base_stays_bit_for_bit(bits, k
     model = adapted(args, BF16)
     base, adapter = base_weights(model), adapter_weights(model)
     assert {tensor.dtype for tensor in base.values()} >= {{0: torch.bfloat16, 4: torch.uint8, 8: torch.int8}[bits]}
-    train(CausalLMLoss(model), make_optimizer(model, args, BF16), dataset_of(), args, BF16)
+    train(model, make_optimizer(model, args, BF16), dataset_of(), args, BF16)
     assert same(base_weights(model), base)
     changed = adapter_weights(model)
     assert len(changed) == len(adapter) and not [name for name in adapter if torch.equal(adapter[name], changed[name])]
@@ -167,7 +162,7 @@ def test_every_linear_layer_but_the_output_layer_gets_an_adapter(bits, kind, lay
     model = load_to_train(lora(directory(kind), tmp_path, bits=bits), CPU)
     places = {name.split(".lora_")[0] for name in adapter_weights(model)}
     assert {place.split(".")[-1] for place in places} == layers
-    config = model.get_base_model().config
+    config = model.network.config
     # GPT-2 has a c_proj in its attention and one more behind it
     assert len(places) == config.num_hidden_layers * (len(layers) + (kind == "gpt"))
     count = sum(weight.numel() for weight in adapter_weights(model).values())
@@ -190,7 +185,7 @@ def test_target_modules_that_the_model_lacks_are_answered_with_those_it_has(dire
 
 def test_an_adapter_starts_from_the_base_itself(directory, tmp_path):
     model = load_to_train(lora(directory("llama3"), tmp_path), CPU)
-    assert torch.equal(logits(model), logits(load_model(directory("llama3"), CPU.device, CPU.dtype)))
+    assert torch.equal(logits(model.model), logits(load_model(directory("llama3"), CPU.device, CPU.dtype)))
 
 
 @needs_bitsandbytes
@@ -217,7 +212,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(directory
         args = lora(directory("llama3"), tmp_path, seed=seed, max_train_steps=2, eval_rows=0, lora_dropout=0.1)
         torch.manual_seed(seed)
         model = load_to_train(args, CPU)
-        train(CausalLMLoss(model), make_optimizer(model, args, CPU), dataset_of(), args, CPU)
+        train(model, make_optimizer(model, args, CPU), dataset_of(), args, CPU)
         made.append(adapter_weights(model))
     assert same(made[0], made[1])
     assert not [name for name in made[0] if torch.equal(made[0][name], made[2][name])]
@@ -241,8 +236,8 @@ def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(acce
     dataset = load_dataset(korean, load_tokenizer(directory("llama3")), 96)
     torch.manual_seed(0)
     model = load_to_train(args, accelerator)
-    model.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
-    train(CausalLMLoss(model), make_optimizer(model, args, accelerator), dataset, args, accelerator)
+    model.network.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
+    train(model, make_optimizer(model, args, accelerator), dataset, args, accelerator)
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     before, after = (record["held_out_loss"] for record in log if "held_out_loss" in record)
     first, *_, last = (record["loss"] for record in log if "loss" in record)
@@ -258,7 +253,7 @@ def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients(bits
     found, passes = [], []
     for checkpointing in (False, True):
         changed = {"use_lora": bits is not None, "bits": bits or 0, "gradient_checkpointing": checkpointing}
-        model = (load_to_train if bits is None else adapted)(lora(directory(kind), tmp_path, **changed), CPU)
+        model = (load_to_train if bits is None else adapted)(lora(directory(kind), tmp_path, **changed), CPU).model
         norm = next(module for name, module in model.named_modules() if name.endswith(("0.input_layernorm", "0.ln_1")))
         passes.append(0)
         norm.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
@@ -278,7 +273,7 @@ def test_the_gradient_through_a_quantized_base_is_the_same_after_an_evaluation(b
     config.intermediate_size = 256
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "wide")
-    model = adapted(lora(tmp_path / "wide", tmp_path, bits=bits), BF16)
+    model = adapted(lora(tmp_path / "wide", tmp_path, bits=bits), BF16).model
     before = gradients(model, BF16)
     with BF16.autocast():
         logits(model)
@@ -298,8 +293,8 @@ def test_states_of_the_optimizer_are_in_8_bit_on_a_quantized_base(bits, director
     model = adapted(args)
     optimizer = make_optimizer(model, args, CPU)
     assert isinstance(optimizer, AdamW8bit)
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
-    train(CausalLMLoss(model), optimizer, dataset_of(), args, CPU)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]  # an adapter is matrices alone
+    train(model, optimizer, dataset_of(), args, CPU)
     assert len(optimizer.state) == len(adapter_weights(model))
     for weight, state in optimizer.state.items():
         expected = torch.uint8 if weight.numel() >= 4096 else torch.float32  # bitsandbytes leaves small ones alone
@@ -332,18 +327,16 @@ def test_the_optimizer_is_torchs_own_where_there_is_nothing_in_8_bit(bits, direc
 @pytest.mark.parametrize("bits", [WHOLE, FOUR, EIGHT])
 def test_a_saved_and_reloaded_adapter_gives_the_same_loss(bits, kind, directory, tmp_path, capsys):
     args = lora(directory(kind), tmp_path, bits=bits, eval_step=2)
-    model, folder = adapted(args), tmp_path / "adapter"
-    module = CausalLMLoss(model)
-    train(module, make_optimizer(model, args, CPU), dataset_of(), args, CPU)
-    save_model(model, load_tokenizer(directory(kind)), str(folder), template="alpaca")
-    held_out = training.Batches(dataset_of()["validation"], args, 4, CPU)
-    batch = held_out.of(list(range(6)))[0]
+    module, folder = adapted(args), tmp_path / "adapter"
+    run = train(module, make_optimizer(module, args, CPU), dataset_of(), args, CPU)
+    save_model(module, load_tokenizer(directory(kind)), str(folder), run=run)
+    batch = Batches(dataset_of()["validation"], 4, 200).of(list(range(6)))[0]
     capsys.readouterr()
     reloaded = load_model(str(folder), CPU.device, CPU.dtype)  # in the bits of the training
     how = f" in {bits} bit" if bits else ""
     said = f"Adapter {folder} on the base {directory(kind)}{how}, prompts as in alpaca"
     assert capsys.readouterr().out.splitlines() == [said]
-    assert same(adapter_weights(reloaded), adapter_weights(model))
+    assert same(adapter_weights(reloaded), adapter_weights(module.model))
     with torch.no_grad():
         expected = module.eval()(*batch)
         assert torch.equal(CausalLMLoss(reloaded).eval()(*batch), expected)
@@ -364,9 +357,8 @@ def test_the_base_of_an_adapter_is_loaded_in_the_bits_that_are_asked_for(trained
 
 def test_only_the_adapter_and_the_tokenizer_are_saved_and_others_may_read_them(saved):
     folder = saved("llama3")
-    assert files(folder) == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} | {
-        "tokenizer_config.json"
-    }
+    made = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert files(folder) == made | {"run.json"}
     umask = os.umask(0)
     os.umask(umask)
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~umask}
@@ -473,17 +465,16 @@ def test_a_readers_own_folder_beside_the_saved_files_is_left_alone(saved, tmp_pa
 
 
 def test_a_disk_must_have_room_for_the_adapter_alone(saved, directory, tmp_path, monkeypatch):
-    folder = saved("llama3")
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    model = load_to_train(lora(directory("llama3"), tmp_path), CPU)
+    size = (saved("llama3") / "adapter_model.safetensors").stat().st_size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
-    require_disk(model, str(tmp_path))
-    with pytest.raises(UserError, match="takes .* GB"):
-        require_disk(load_model(directory("llama3"), CPU.device, CPU.dtype), str(tmp_path))
+    args = lora(directory("llama3"), tmp_path)
+    load_to_train(args, CPU)
+    with pytest.raises(UserError, match=f"The trained model takes .* GB in {args.save_dir}, and that disk has"):
+        load_to_train(lora(directory("llama3"), tmp_path, use_lora=False), CPU)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
-    with pytest.raises(UserError, match="takes .* GB"):
-        require_disk(model, str(tmp_path))
+    with pytest.raises(UserError, match=f"The adapter takes .* GB in {args.save_dir}, and that disk has"):
+        load_to_train(args, CPU)
 
 
 # ------------------------------------------------------------------------------------------------ compared
@@ -493,8 +484,8 @@ def test_a_disk_must_have_room_for_the_adapter_alone(saved, directory, tmp_path,
 def test_answers_to_several_prompts_at_once_are_those_to_each_alone(kind, directory):
     model, tokenizer = load_model(directory(kind), CPU.device, CPU.dtype), load_tokenizer(directory(kind))
     prompts = [list(range(300, 300 + length)) for length in (5, 23, 1, 12)]
-    alone = [answer_all(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
-    assert len(set(alone)) == 4 and answer_all(model, tokenizer, prompts, 8) == alone
+    alone = [answer_ids(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert len(set(map(tuple, alone))) == 4 and answer_ids(model, tokenizer, prompts, 8) == alone
 
 
 def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_the_data(
@@ -510,7 +501,8 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
         prompts.append(ids[:start])
         found["Answer in the data"].append(tokenizer.decode(ids[start:], skip_special_tokens=True))
     for name, where in (("Base", directory("llama3")), ("Adapter", str(folder))):
-        found[name] = answer_all(load_model(where, CPU.device, dtype), tokenizer, prompts, 12)
+        answers = answer_ids(load_model(where, CPU.device, dtype), tokenizer, prompts, 12)
+        found[name] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert found["Base"] != found["Adapter"]
     tables = said.split("┏")[1:]
     for number, table in enumerate(tables):

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from common import UserError
-from common.batching import label_counts
-from common.dataset_cache import load_dataset, prepare_dataset
+from common.batching import Batches
+from common.dataset_cache import ROWS_AT_ONCE, held_out_questions, load_dataset, prepare_dataset
 from common.tokenization import load_tokenizer
 from dataset.sources import HOLD_OUT_AT_MOST, load_splits
 from dataset.standard_library import standard_library_splits
@@ -48,7 +48,7 @@ def test_layout_is_that_of_the_docstring(prepared):
         ]
         assert len(split["answer_starts"]) == rows == len(split["offsets"]) - 1
         assert document["meta"]["counts"][name]["tokens"] == len(split["input_ids"]) == split["offsets"][-1]
-        assert (label_counts(split, False) > 0).all()
+        assert (Batches(split, 8, 4096).label_counts > 0).all()
         ends = split["input_ids"][split["offsets"][1:] - 1]
         assert (ends == tokenizer.eos_token_id).all()
     meta = document["meta"]
@@ -102,6 +102,42 @@ def test_a_mistake_half_way_leaves_the_old_file_and_no_scratch(prepared, tmp_pat
         prepare_dataset(*load_splits(str(bad)), instruction, tokenizer, args)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "dataset.pt"]
+
+
+def test_rows_are_read_a_chunk_at_a_time(prepared, tmp_path):
+    """As many as are tokenized at once are in memory, and not the whole data set."""
+    alive, most, total = set(), 0, 5 * ROWS_AT_ONCE
+
+    class Row(dict):
+        def __init__(self, number):
+            super().__init__(instruction="a", output="b")
+            self.number = number
+            alive.add(number)
+
+        def __del__(self):
+            nonlocal most
+            most = max(most, len(alive))
+            alive.discard(self.number)
+
+    args = Namespace(block_size=64, save_path=str(tmp_path / "many.pt"), model_name_or_path="x")
+    prepare_dataset({"train": map(Row, range(total)), "validation": []}, "mine", instruction, prepared[0], args)
+    assert len(torch.load(args.save_path)["train"]["answer_starts"]) == total
+    assert ROWS_AT_ONCE <= most <= 2 * ROWS_AT_ONCE + 1 and not alive
+
+
+def test_held_out_questions_are_the_first_held_out_rows(prepared):
+    tokenizer, path = prepared
+    dataset = load_dataset(str(path), tokenizer)
+    questions = held_out_questions(dataset, str(path), tokenizer, 3)
+    assert len(questions) == 3 and len(held_out_questions(dataset, str(path), tokenizer, 1000)) == 16
+    rows = [json.loads(line) for line in open(SAMPLES / "cnn_dailymail" / "validation.jsonl", encoding="utf-8")]
+    for (prompt, reference), row in zip(questions, rows):
+        text = tokenizer.decode(prompt, skip_special_tokens=True)
+        assert text.startswith("[SUMMARIZE] " + row["article"][:200]) and text.endswith(" [/SUMMARIZE]\n")
+        assert reference == row["highlights"].strip()
+    empty = {name: tensor[: name == "offsets"] for name, tensor in dataset["validation"].items()}
+    with pytest.raises(UserError, match="no held-out rows"):
+        held_out_questions({**dataset, "validation": empty}, str(path), tokenizer, 3)
 
 
 def test_loading_checks_tokenizer_and_block(prepared, tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from common import UserError
-from common.download import check_weights
+from common.model_directory import check_weights
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from common.batching import Batches
 from common.tokenization import load_tokenizer
+from dataset.scores import code_score, rouge_score
+from model.generation import perplexity_and_answers
 from model.loading import load_model
 from model.tiny import write_tiny
-from tests.test_bad_input import contents, tells
-from tutorial import evaluate
+from tests.helpers import change_dataset, contents, no_rows, tells
+from tests.test_training import CPU
 
 EVALUATE = "python tutorial/evaluate.py --rows 4 --batch-rows 3 --max-new-tokens 6"
 TRAIN = "--batch-size 8 --max-train-steps 2 --lr 1e-3 --eval-rows 4"
@@ -28,7 +30,7 @@ CLASS = "class Stack:\n    def push(self, item):\n        self.items.append(item
 
 
 def scores(answer, reference=FUNCTION, prompt="Add two numbers."):
-    return tuple(evaluate.code(prompt, reference, answer).values())
+    return tuple(code_score(prompt, reference, answer).values())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_an_answers_own_warnings_are_not_shown(recwarn):
 )
 def test_rouge_of_the_paper(answer, expected):
     pytest.importorskip("rouge_score")
-    found = evaluate.rouge("any prompt", "police killed the gunman", answer)
+    found = rouge_score()("any prompt", "police killed the gunman", answer)
     assert [name.replace("\n", " ") for name in found] == ROUGE
     assert tuple(found.values()) == pytest.approx(expected)
 
@@ -128,22 +130,35 @@ def stand_in(tmp_path_factory):
     return load_model(path, torch.device("cpu")).eval(), load_tokenizer(path)
 
 
-def test_an_answer_does_not_depend_on_the_others_of_its_batch(stand_in):
+def asked(stand_in, prompts, at_once, max_new_tokens):
+    """(perplexity, [(answer, whether it ended)]) of rows with these prompts, whose answers are one token."""
     model, tokenizer = stand_in
-    prompts = [tokenizer(text)["input_ids"] for text in ("The fox", "A much longer question about a hen house", "Why")]
-    together = evaluate.answer(model, tokenizer, prompts, 8)
-    assert together == [evaluate.answer(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
-    assert len(set(together)) == 3 and not any(ended for _, ended in together)
+    lengths = torch.tensor([0, *(len(prompt) + 1 for prompt in prompts)])
+    ids = torch.tensor([id for prompt in prompts for id in (*prompt, tokenizer.eos_token_id)])
+    split = {"input_ids": ids, "offsets": lengths.cumsum(0), "answer_starts": lengths[1:] - 1}
+    batches = Batches(split, at_once, 200)
+    return perplexity_and_answers(model, tokenizer, batches, prompts, max_new_tokens, CPU, "test")
 
 
-def test_which_answers_ended(stand_in):
+def test_an_answer_does_not_depend_on_the_others_of_its_batch(stand_in):
     _, tokenizer = stand_in
+    prompts = [tokenizer(text)["input_ids"] for text in ("The fox", "A much longer question about a hen house", "Why")]
+    perplexity, together = asked(stand_in, prompts, 3, 8)
+    assert together == [asked(stand_in, [prompt], 1, 8)[1][0] for prompt in prompts]
+    assert len(set(together)) == 3 and not any(ended for _, ended in together)
+    assert asked(stand_in, prompts, 2, 8) == (pytest.approx(perplexity), together)
+    assert asked(stand_in, prompts, 3, 0) == (perplexity, [])
+
+
+def test_which_answers_ended(stand_in, monkeypatch):
+    model, tokenizer = stand_in
     end, (word, *_) = tokenizer.eos_token_id, tokenizer("house")["input_ids"]
-    output = torch.tensor([[end, 5, word, end, end], [6, 7, word, word, word], [6, 7, end, end, end]])
-    model = SimpleNamespace(device="cpu", eval=lambda: None, generate=lambda **_: output)
+    # the longest prompts are asked first
+    output = torch.tensor([[6, 7, word, word, word], [6, 7, end, end, end], [end, 5, word, end, end]])
+    monkeypatch.setattr(model, "generate", lambda **_: output, raising=False)
     text = tokenizer.decode([word])
     expected = [(text, True), (3 * text, False), ("", True)]
-    assert evaluate.answer(model, tokenizer, [[5], [6, 7], [6, 7]], 3) == expected
+    assert asked(stand_in, [[5], [6, 7], [6, 7]], 3, 3)[1] == expected
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -236,7 +251,8 @@ def trained(ready):
     (ready / "llama3-8b").rename(ready / "trained")
     write_tiny("llama3", ready / "llama3-8b")
     options = {"model_name_or_path": "./llama3-8b", "dataset_name_or_path": "./llama3_dataset.pt"}
-    (ready / "trained" / "run.json").write_text(json.dumps({"options": options}), encoding="utf-8")
+    run = {"options": options, "dataset": {"template": "summarization"}}
+    (ready / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
     return ready
 
 
@@ -250,21 +266,13 @@ def refused(trained, warm):
     return check
 
 
-def change(path, changed):
-    document = torch.load(path)
-    changed(document)
-    torch.save(document, path)
-
-
 def test_no_held_out_rows(trained, refused):
-    empty = {"input_ids": torch.zeros(0, dtype=torch.int32), "offsets": torch.zeros(1, dtype=torch.int64)}
-    empty["answer_starts"] = torch.zeros(0, dtype=torch.int32)
-    change(trained / "llama3_dataset.pt", lambda document: document.update(validation=empty))
+    change_dataset(trained / "llama3_dataset.pt", lambda document: document.update(validation=no_rows()))
     refused(tells_of=["llama3_dataset.pt", "no held-out rows", "Prepare"])
 
 
 def test_a_dataset_of_another_tokenizer(trained, refused):
-    change(trained / "llama3_dataset.pt", lambda document: document["meta"].update(tokenizer="of another"))
+    change_dataset(trained / "llama3_dataset.pt", lambda document: document["meta"].update(tokenizer="of another"))
     refused(tells_of=["llama3_dataset.pt", "another tokenizer"])
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from common.accelerator import Accelerator
-from common.batching import IGNORED, global_batches, label_counts, micro_batches, row_lengths, static_batch
+from common.batching import IGNORED, Batches
 from common.training import train
 from model import loss as loss_file
 from model.adapters import add_lora
@@ -51,10 +51,9 @@ def build(tmp_path_factory):
     return build
 
 
-def with_lora(model, **changed):
+def with_lora(model):
     """`model` with an adapter that has learned something: a new one's B is zero, and so is all that it adds."""
-    args = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"], **changed}
-    model = add_lora(model, Namespace(model_name_or_path=model.name_or_path, **args))
+    model = add_lora(model, model.name_or_path, r=4, alpha=8, dropout=0.0, target_modules=["all-linear"])
     generator = torch.Generator().manual_seed(2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -72,9 +71,27 @@ def a_split(seed=0, rows=12, vocabulary=300):
     return {"input_ids": ids, "offsets": offsets, "answer_starts": starts}
 
 
+def micro_batches(split, rows, tokens, train_on_prompt=False):
+    return Batches(split, len(rows), tokens, train_on_prompt=train_on_prompt).of(rows)
+
+
+def padded(split, rows, length, train_on_prompt=False):
+    """All rows in one batch, as transformers itself would be given them."""
+    (batch,) = Batches(split, len(rows), 0, length, train_on_prompt).of(rows)
+    return batch
+
+
+def label_tokens(split, train_on_prompt=False):
+    return int(Batches(split, 1, 0, train_on_prompt=train_on_prompt).label_counts.sum())
+
+
+def row_lengths(split):
+    return split["offsets"].diff()
+
+
 def one_padded_batch(model, split, train_on_prompt):
     """The loss that transformers itself gives for all rows in one batch, with its gradients in the model."""
-    (batch,) = static_batch(split, list(range(12)), 12, 64, train_on_prompt)
+    batch = padded(split, list(range(12)), 64, train_on_prompt)
     loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     model.zero_grad()
     loss.backward()
@@ -91,12 +108,12 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
     model.eval()
     expected, gradients = one_padded_batch(model, split, train_on_prompt)
     module = CausalLMLoss(model)
-    assert module.own_head == (kind.split()[0] not in PLAIN)
+    assert module.own_head is None  # asked at the first forward
     # of an adapter: its own weights, and no other
     assert {name for name, gradient in gradients.items() if gradient is not None} == {
         name for name in gradients if kind not in LORA or "lora_" in name
     }
-    labels = int(label_counts(split, train_on_prompt).sum())
+    labels = label_tokens(split, train_on_prompt)
     for micro_batch_tokens in (1, 64, 200, 10_000):
         model.zero_grad()
         total = 0
@@ -107,6 +124,7 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
         assert abs(total - expected) < 1e-5
         for name, weight in model.named_parameters():
             torch.testing.assert_close(weight.grad, gradients[name], atol=1e-5, rtol=1e-4)
+    assert module.own_head == (kind.split()[0] not in PLAIN)
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama2 with LoRA"])
@@ -123,7 +141,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
                 weight.copy_(before[name])
         args = Namespace(batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
                          block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
-                         eval_step=0, eval_rows=0, seed=0, save_dir=str(tmp_path))  # fmt: skip
+                         eval_step=0, eval_rows=0, seed=0, lr=1.0, save_dir=str(tmp_path))  # fmt: skip
         # with a learning rate of 1, the change of a weight is its gradient
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
         dataset = {"train": split, "validation": split, "meta": {}}
@@ -156,17 +174,18 @@ def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(bui
 
     model, split = build("qwen2"), a_split()
     module = CausalLMLoss(model)
+    (batch,) = micro_batches(split, list(range(12)), 10_000)
+    module(*batch)  # the first forward asks what the output layer does
     monkeypatch.setattr(torch.nn.functional, "linear", recording)
-    (batch,) = micro_batches(split, list(range(12)), 10_000, False)
     module(*batch).backward()
-    assert max(products) == 7 and sum(products) == int(label_counts(split, False).sum())
+    assert max(products) == 7 and sum(products) == label_tokens(split)
 
 
 def test_an_evaluation_makes_no_gradients(build, monkeypatch):
     made, zeros_like = [], torch.zeros_like
     monkeypatch.setattr(loss_file.torch, "zeros_like", lambda tensor: made.append(tensor) or zeros_like(tensor))
     module = CausalLMLoss(build("llama3"))
-    (batch,) = micro_batches(a_split(), list(range(12)), 10_000, False)
+    (batch,) = micro_batches(a_split(), list(range(12)), 10_000)
     with torch.no_grad():
         without = module(*batch)
     assert not made
@@ -177,10 +196,10 @@ def test_bfloat16_products_come_close(build):
     model, split = build("llama3").eval(), a_split()
     expected, _ = one_padded_batch(model, split, False)
     accelerator = Accelerator(torch.device("cpu"), "test", torch.bfloat16, False)
-    module, labels = CausalLMLoss(model), int(label_counts(split, False).sum())
+    module, labels = CausalLMLoss(model), label_tokens(split)
     model.zero_grad()
     with accelerator.autocast():
-        loss = sum(module(*batch) for batch in micro_batches(split, list(range(12)), 200, False)) / labels
+        loss = sum(module(*batch) for batch in micro_batches(split, list(range(12)), 200)) / labels
     loss.backward()
     assert abs(loss - expected) < 0.02 * expected
     assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
@@ -189,7 +208,7 @@ def test_bfloat16_products_come_close(build):
 def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4
     split = a_split(rows=40)
     for row in range(40):
-        (batch,) = micro_batches(split, [row], 1000, False)
+        (batch,) = micro_batches(split, [row], 1000)
         start, length = int(split["answer_starts"][row]), int(row_lengths(split)[row])
         assert (batch.labels[0, :start] == IGNORED).all()
         assert torch.equal(batch.labels[0, start:], batch.input_ids[0, start:])  # fault 2: whatever their ids
@@ -200,7 +219,7 @@ def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4
 def test_id_zero_is_trained_on_and_attended_to():  # fault 2: `!` has id 0 in Llama3 and GPT
     split = a_split(rows=12)
     split["input_ids"].zero_()
-    (batch,) = static_batch(split, list(range(12)), 12, 64, True)
+    batch = padded(split, list(range(12)), 64, train_on_prompt=True)
     assert torch.equal(batch.attention_mask.sum(1), row_lengths(split))
     assert torch.equal((batch.labels == 0).sum(1), row_lengths(split))
 
@@ -208,7 +227,7 @@ def test_id_zero_is_trained_on_and_attended_to():  # fault 2: `!` has id 0 in Ll
 def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padding():  # fault 5
     split = a_split(seed=3, rows=500)
     rows = list(range(500))
-    batches = micro_batches(split, rows, 512, False)
+    batches = micro_batches(split, rows, 512)
     assert all(batch.input_ids.numel() <= 512 for batch in batches)
     assert sum(len(batch.input_ids) for batch in batches) == 500
     tokens, padded = int(row_lengths(split).sum()), sum(batch.input_ids.numel() for batch in batches)
@@ -222,8 +241,18 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
 
 
 def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
-    first = global_batches(103, 10, seed=5, epoch=0)
-    assert [len(batch) for batch in first] == [10] * 10 and len(set(sum(first, []))) == 100
-    assert first == global_batches(103, 10, seed=5, epoch=0)
-    assert first != global_batches(103, 10, seed=6, epoch=0)
-    assert first != global_batches(103, 10, seed=5, epoch=1)
+    split = a_split(rows=103)
+    batches = Batches(split, 10, 512)
+
+    def epoch(number, seed=5, batches=batches):
+        return [batches.rows_of(step, seed) for step in range(10 * number + 1, 10 * number + 11)]
+
+    assert batches.steps_an_epoch == 10
+    first = epoch(0)
+    assert [len(rows) for rows in first] == [10] * 10 and len(set(sum(first, []))) == 100
+    assert first == epoch(0)
+    assert first != epoch(0, seed=6)
+    assert first != epoch(1)
+    # every step's rows are known by itself: a training can go on anywhere
+    assert Batches(split, 10, 512).rows_of(17, 5) == epoch(1)[6]
+    assert Batches(split, 500, 512).batch_size == 103 and Batches(split, 500, 512).steps_an_epoch == 1

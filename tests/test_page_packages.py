@@ -89,4 +89,4 @@ def test_imports_are_followed():
     assert not {"common", "model", "dataset", "sys", "pathlib", "__future__"} & {*found}
     nothing = missing(Command(ROOT, path, "import numpy, safetensors, jinja2", [], []), ["transformers", "torch"])
     assert nothing == []
-    assert lacks("tutorial/train_llama2.py", files=[])[0].endswith(" imports huggingface_hub")
+    assert any(line.endswith(" imports transformers") for line in lacks("tutorial/train_llama2.py", files=[]))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import transformers
 
 from common import UserError
-from common.tokenization import ROWS_AT_ONCE, Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
+from common.tokenization import Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.tiny import write_tiny
 
@@ -45,7 +44,7 @@ def rows_of(kind):
 def test_a_row_is_bos_prompt_answer_end(kind, tokenizers):
     tokenizer = tokenizers[kind]
     template, rows = rows_of(kind)
-    encoded = list(encode_rows(rows, template, tokenizer, 4096, Counter()))
+    encoded, _ = encode_rows(rows, template, tokenizer, 4096)
     assert len(encoded) == len(rows) == 64
     for row, (ids, start) in zip(rows, encoded):
         example = template(row)
@@ -68,8 +67,7 @@ def test_a_long_row_loses_source_text_and_nothing_else(kind, spare, tokenizers):
     answer_length = len(tokenizer(template(row).answer, add_special_tokens=False)["input_ids"])
     frame = tokenizer("".join(template({**row, source: "", "input": ""}).prompt))["input_ids"]
     block = len(frame) + answer_length + 1 + spare
-    counts = Counter()
-    ((ids, start),) = encode_rows([row], template, tokenizer, block, counts)
+    ((ids, start),), counts = encode_rows([row], template, tokenizer, block)
     assert len(ids) <= block
     assert block - len(ids) <= 8  # no more is cut than has to be: up to what one character or word takes
     assert tokenizer.decode(ids[start:-1]).strip() == template(row).answer.strip()
@@ -93,15 +91,14 @@ def test_a_cut_keeps_the_begin_of_the_article(tokenizers):
 
 def test_the_input_is_cut_before_the_instruction(tokenizers):
     row = {"instruction": "Sort the numbers.", "input": "7 " * 500, "output": "sorted(numbers)"}
-    ((ids, start),) = encode_rows([row], alpaca, tokenizers["mistral"], 120, Counter())
+    ((ids, start),), _ = encode_rows([row], alpaca, tokenizers["mistral"], 120)
     prompt = tokenizers["mistral"].decode(ids[:start])
     assert "Sort the numbers." in prompt and "7 7 7" in prompt and prompt.endswith("\n\n### Output:\n")
 
 
 def test_an_answer_longer_than_the_block_is_cut_last_and_counted(tokenizers):
     row = {"instruction": "Count.", "output": " ".join(map(str, range(900)))}
-    counts = Counter()
-    ((ids, start),) = encode_rows([row], instruction, tokenizers["gpt"], 100, counts)
+    ((ids, start),), counts = encode_rows([row], instruction, tokenizers["gpt"], 100)
     prompt = tokenizers["gpt"].decode(ids[:start])
     assert len(ids) == 100 and ids[-1] == tokenizers["gpt"].eos_token_id
     assert prompt == "[INST]  [/INST]\n" and counts["answers cut"] == 1
@@ -109,37 +106,35 @@ def test_an_answer_longer_than_the_block_is_cut_last_and_counted(tokenizers):
 
 def test_a_block_without_room_for_the_frame_is_refused(tokenizers):
     with pytest.raises(UserError, match="block of 8 tokens has no room"):
-        list(encode_rows([{"instruction": "a", "output": "b"}], instruction, tokenizers["gpt"], 8, Counter()))
+        encode_rows([{"instruction": "a", "output": "b"}], instruction, tokenizers["gpt"], 8)
 
 
 def test_rows_without_an_answer_are_dropped_and_counted(tokenizers):
     rows = [{"instruction": "a", "output": text} for text in ("yes", "", None, " \n", "no")]
-    counts = Counter()
-    assert len(list(encode_rows(rows, instruction, tokenizers["gpt"], 64, counts))) == 2
-    assert counts["dropped"] == 3 and counts["rows"] == 2
+    encoded, counts = encode_rows(rows, instruction, tokenizers["gpt"], 64)
+    assert len(encoded) == counts["rows"] == 2 and counts["dropped"] == 3
+    assert encode_rows(rows[1:4], instruction, tokenizers["gpt"], 64) == ([], {"rows": 0, "dropped": 3})
 
 
 def test_a_missing_answer_column_is_named_with_those_there_are(tokenizers):
     with pytest.raises(UserError, match="no column 'output'; it has: instruction, response"):
-        list(encode_rows([{"instruction": "a", "response": "b"}], instruction, tokenizers["gpt"], 64, Counter()))
+        encode_rows([{"instruction": "a", "response": "b"}], instruction, tokenizers["gpt"], 64)
 
 
 @pytest.mark.parametrize("kind", DATA)
 def test_text_that_looks_like_a_special_token_stays_text(kind, tokenizers):
     tokenizer = tokenizers[kind]
     text = f"<s>struck</s> {tokenizer.eos_token} and {tokenizer.bos_token}!"
-    ((ids, start),) = encode_rows([{"instruction": text, "output": text}], instruction, tokenizer, 512, Counter())
+    ((ids, start),), _ = encode_rows([{"instruction": text, "output": text}], instruction, tokenizer, 512)
     assert tokenizer.eos_token_id not in ids[:-1] and tokenizer.bos_token_id not in ids[1:-1]
     assert tokenizer.decode(ids[start:-1]).strip() == text
 
 
 def test_half_an_emoji_is_replaced_and_a_list_refused(tokenizers):
-    ((ids, start),) = encode_rows(
-        [{"instruction": "a", "output": "b\ud83d"}], instruction, tokenizers["gpt"], 64, Counter()
-    )
+    ((ids, start),), _ = encode_rows([{"instruction": "a", "output": "b\ud83d"}], instruction, tokenizers["gpt"], 64)
     assert tokenizers["gpt"].decode(ids[start:-1]) == "b?"
     with pytest.raises(UserError, match="not text"):
-        list(encode_rows([{"instruction": "a", "output": ["b"]}], instruction, tokenizers["gpt"], 64, Counter()))
+        encode_rows([{"instruction": "a", "output": ["b"]}], instruction, tokenizers["gpt"], 64)
 
 
 def test_an_end_token_that_the_tokenizer_adds_itself_does_not_end_the_prompt(tokenizers, tmp_path):
@@ -156,7 +151,7 @@ def test_an_end_token_that_the_tokenizer_adds_itself_does_not_end_the_prompt(tok
     adds_end = load_tokenizer(str(tmp_path))
     assert adds_end("Hi!")["input_ids"][-1] == 2
     row = {"instruction": "a", "output": "b"}
-    ((ids, _),) = encode_rows([row], instruction, adds_end, 64, Counter())
+    ((ids, _),), _ = encode_rows([row], instruction, adds_end, 64)
     assert ids.count(2) == 1 and ids[-1] == 2
 
 
@@ -164,7 +159,7 @@ def test_an_end_token_that_the_tokenizer_adds_itself_does_not_end_the_prompt(tok
 def test_a_question_has_the_ids_of_the_training_prompt(kind, tokenizers):  # fault 8
     template, rows = rows_of(kind)
     for block in (4096, 160):
-        encoded = encode_rows(rows[:8], template, tokenizers[kind], block, Counter())
+        encoded, _ = encode_rows(rows[:8], template, tokenizers[kind], block)
         for row, (ids, start) in zip(rows, encoded):
             question = template({**row, "output": "", "highlights": ""})
             asked = encode_prompt(tokenizers[kind], question, start)
@@ -172,23 +167,6 @@ def test_a_question_has_the_ids_of_the_training_prompt(kind, tokenizers):  # fau
                 assert asked == ids[:start]
             else:  # cut at the same place, give or take a character whose bytes are several tokens
                 assert start - 4 <= len(asked) <= start and asked[: start // 2] == ids[: start // 2]
-
-
-def test_rows_are_read_a_chunk_at_a_time(tokenizers):
-    alive, most = set(), 0
-
-    class Row(dict):
-        def __init__(self, number):
-            super().__init__(instruction="a", output="b")
-            self.number = number
-            alive.add(number)
-
-        def __del__(self):
-            alive.discard(self.number)
-
-    for _ in encode_rows(map(Row, range(5 * ROWS_AT_ONCE)), instruction, tokenizers["gpt"], 64, Counter()):
-        most = max(most, len(alive))
-    assert ROWS_AT_ONCE <= most <= 2 * ROWS_AT_ONCE + 1
 
 
 def test_fingerprints_tell_tokenizers_apart(tokenizers, tmp_path):

@@ -17,12 +17,13 @@ import torch
 
 from common import UserError, training
 from common.accelerator import Accelerator, start_accelerator
-from common.batching import global_batches, label_counts, row_lengths, static_batch
-from common.training import learning_rate_factor, make_optimizer, train
-from model.loading import load_model, require_disk, save_model
+from common.batching import Batches
+from common.optimizer import learning_rate, make_optimizer
+from common.training import train
+from model.loading import load_model, load_to_train, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
-from tests.test_loss import a_split
+from tests.test_loss import a_split, padded, row_lengths
 
 CPU = Accelerator(torch.device("cpu"), "test", torch.float32, False)
 
@@ -45,22 +46,27 @@ def options(tmp_path, **changed):
 
 
 def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
-    """Train the stand-in on random rows; the model, the records of the log, and what was printed."""
+    """Train the stand-in on random rows; the model, the records of the log, what was printed, what `train` returned."""
     args = options(tmp_path, **changed)
     torch.manual_seed(args.seed)
     model = load_model(directory, accelerator.device, torch.float32)
     dataset = {"train": a_split(1, rows=30), "validation": a_split(2, rows=9), "meta": {"template": "alpaca"}}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        train(
-            kind(model, accelerator.static_shapes), make_optimizer(model, args, accelerator), dataset, args, accelerator
-        )
+        module = kind(model, accelerator.static_shapes)
+        facts = train(module, make_optimizer(module, args, accelerator), dataset, args, accelerator)
     with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
-        return model, [json.loads(line) for line in file], printed.getvalue()
+        return model, [json.loads(line) for line in file], printed.getvalue(), facts
+
+
+def first_epoch():
+    """The rows of the batches of the first epoch of `run`, by its own seed and batch size."""
+    batches = Batches(a_split(1, rows=30), 4, 200)
+    return batches, [batches.rows_of(step, 0) for step in range(1, 8)]
 
 
 def test_log_lines_and_step_totals(directory, tmp_path):
-    _, records, printed = run(directory, tmp_path, epochs=3, log_interval=5, eval_step=10)
+    _, records, printed, facts = run(directory, tmp_path, epochs=3, log_interval=5, eval_step=10)
     # 30 rows in batches of 4: 7 steps an epoch, the short batch dropped
     steps = re.findall(
         r"^\[Step (\d+)/21\] \| Loss: \d+\.\d{5} \| Duration: \d+\.\d\d \| Throughput: \d+\.\d\d tokens/sec$",
@@ -76,21 +82,21 @@ def test_log_lines_and_step_totals(directory, tmp_path):
     for line in (first, last):
         used, peak, share, total = map(float, re.fullmatch(memory, line).groups())
         assert 0.1 < used <= peak < total and share == pytest.approx(100 * peak / total, abs=0.6)
-    details = json.loads((tmp_path / "out" / "run.json").read_text(encoding="utf-8"))
-    assert details["dataset"] == {"template": "alpaca"} and details["options"]["epochs"] == 3
+    assert facts["dataset"] == {"template": "alpaca"} and facts["options"]["epochs"] == 3
+    assert "finished" not in facts and not (tmp_path / "out" / "run.json").exists()  # nothing is saved yet
 
 
 def test_max_train_steps_takes_the_place_of_epochs(directory, tmp_path):
     for steps in (3, 16):
-        _, records, _ = run(directory, tmp_path, epochs=2, max_train_steps=steps)
+        _, records, *_ = run(directory, tmp_path, epochs=2, max_train_steps=steps)
         assert [record["step"] for record in records if "loss" in record][-1] == steps
 
 
 def test_the_loss_falls_and_the_held_out_loss_is_that_of_transformers(directory, tmp_path):
-    model, records, _ = run(directory, tmp_path, epochs=6, eval_rows=5)
+    model, records, *_ = run(directory, tmp_path, epochs=6, eval_rows=5)
     losses = [record["loss"] for record in records if "loss" in record]
     assert sum(losses[-7:]) < 0.9 * sum(losses[:7])
-    (batch,) = static_batch(a_split(2, rows=9), list(range(5)), 5, 64, False)
+    batch = padded(a_split(2, rows=9), list(range(5)), 64)
     model.eval()
     expected = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     assert abs(records[-1]["held_out_loss"] - expected.item()) < 1e-5
@@ -104,26 +110,27 @@ def test_same_seed_same_losses_to_the_last_bit(directory, tmp_path):
 
 
 def test_the_logged_loss_is_the_mean_over_the_label_tokens_since_the_last_line(directory, tmp_path):
-    _, single, _ = run(directory, tmp_path, epochs=1, lr=0.0)
-    _, double, _ = run(directory, tmp_path, epochs=1, lr=0.0, log_interval=7)
-    labels = label_counts(a_split(1, rows=30), False)
-    weights = [int(labels[batch].sum()) for batch in global_batches(30, 4, 0, 0)]
+    _, single, *_ = run(directory, tmp_path, epochs=1, lr=0.0)
+    _, double, *_ = run(directory, tmp_path, epochs=1, lr=0.0, log_interval=7)
+    batches, rows_of_steps = first_epoch()
+    weights = [int(batches.label_counts[rows].sum()) for rows in rows_of_steps]
     losses = [record["loss"] for record in single if "loss" in record]
     mean = sum(loss * weight for loss, weight in zip(losses, weights)) / sum(weights)
     assert abs(next(record["loss"] for record in double if "loss" in record) - mean) < 1e-5
 
 
 def test_learning_rate_schedules(directory, tmp_path):
-    factors = {
-        name: [learning_rate_factor(step, 10, 2, name) for step in range(10)]
+    rates = {
+        name: [learning_rate(step, 10, 3e-4, 2, name) for step in range(1, 11)]
         for name in ("constant", "linear", "cosine")
     }
+    factors = {name: [rate / 3e-4 for rate in values] for name, values in rates.items()}
     for values in factors.values():
         assert values[:3] == [0.5, 1.0, 1.0]
     assert factors["constant"][2:] == [1.0] * 8
     assert factors["linear"][2:] == pytest.approx([1 - n / 8 for n in range(8)])
     assert factors["cosine"][6] == pytest.approx(0.5) and 0 < factors["cosine"][9] < factors["linear"][9]
-    _, records, _ = run(directory, tmp_path, max_train_steps=10, warmup_steps=2, lr_scheduler="linear", lr=0.5e-3)
+    _, records, *_ = run(directory, tmp_path, max_train_steps=10, warmup_steps=2, lr_scheduler="linear", lr=0.5e-3)
     assert [record["lr"] for record in records if "lr" in record] == pytest.approx(
         [0.5e-3 * f for f in factors["linear"]]
     )
@@ -166,15 +173,17 @@ def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, mo
 
     clock = training.perf_counter
     monkeypatch.setattr(training, "perf_counter", lambda: events.append("clock") or clock())
-    run(directory, tmp_path, Recording(*CPU), eval_rows=0)
     # at the start; for each line: the device finishes, the line's time is read, the next starts; around the last pass
-    assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + ["finished", "clock", "clock"]
+    for eval_rows, last_pass in ((0, []), (256, ["finished", "clock", "clock"])):
+        events.clear()
+        run(directory, tmp_path, Recording(*CPU), eval_rows=eval_rows)
+        assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + last_pass
 
 
 def test_throughput_counts_no_padding(directory, tmp_path):
-    _, records, _ = run(directory, tmp_path, eval_rows=0, log_interval=7)
+    _, records, *_ = run(directory, tmp_path, eval_rows=0, log_interval=7)
     (record,) = records
-    tokens = sum(int(row_lengths(a_split(1, rows=30))[batch].sum()) for batch in global_batches(30, 4, 0, 0))
+    tokens = sum(int(row_lengths(a_split(1, rows=30))[rows].sum()) for rows in first_epoch()[1])
     assert record["tokens_per_second"] * record["duration"] == pytest.approx(tokens)
 
 
@@ -191,9 +200,9 @@ def test_static_shapes_are_static_for_the_short_last_batch_too(directory, tmp_pa
             shapes.update(tensor.shape for tensor in batch)
             return super().forward(*batch)
 
-    _, static, _ = run(directory, tmp_path, CPU._replace(static_shapes=True), kind=Recording)
+    _, static, *_ = run(directory, tmp_path, CPU._replace(static_shapes=True), kind=Recording)
     assert shapes == {torch.Size([4, 64])}
-    _, dynamic, _ = run(directory, tmp_path)
+    _, dynamic, *_ = run(directory, tmp_path)
     assert static[-1]["held_out_loss"] == pytest.approx(dynamic[-1]["held_out_loss"], abs=1e-4)
 
 
@@ -213,7 +222,7 @@ def test_saved_model_has_the_trained_weights_in_the_stored_type(tmp_path):
         expected = {name: weight.to(stored) for name, weight in model.state_dict().items()}
         target.mkdir()
         (target / "model-00001-of-00002.safetensors").write_bytes(b"of an earlier, larger model")
-        save_model(model, load_tokenizer(str(source)), str(target))
+        save_model(model, load_tokenizer(str(source)), str(target), base=str(source), run={"command": ["x"]})
         loaded = AutoModelForCausalLM.from_pretrained(target, torch_dtype="auto")
         assert {name: torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items()} == {
             name: True for name in expected
@@ -221,7 +230,14 @@ def test_saved_model_has_the_trained_weights_in_the_stored_type(tmp_path):
         assert next(loaded.parameters()).dtype == stored
         assert [file.name for file in target.glob("*.safetensors")] == ["model.safetensors"]
         assert loaded.generation_config.eos_token_id == load_tokenizer(str(target)).eos_token_id
-        assert not list(target.glob(".*"))
+        run_json = json.loads((target / "run.json").read_text(encoding="utf-8"))
+        assert run_json.pop("finished")[:3] == "202" and run_json == {"command": ["x"]}
+        assert not list(target.glob(".*")) and not list(tmp_path.glob(".*"))
+        # with the loss it is the same, and without a base the weights stay as they are
+        save_model(CausalLMLoss(model), load_tokenizer(str(source)), str(tmp_path / "again"))
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", torch_dtype="auto").state_dict()
+        assert all(torch.equal(weight, again[name]) for name, weight in model.state_dict().items())
+        assert not (tmp_path / "again" / "run.json").exists()
 
 
 def test_the_trained_model_reaches_another_disk(directory, tmp_path):
@@ -233,13 +249,22 @@ def test_the_trained_model_reaches_another_disk(directory, tmp_path):
         model = load_model(directory, torch.device("cpu"), torch.float32)
         save_model(model, load_tokenizer(directory), str(tmp_path / "out"))
         assert os.path.getsize(f"{disk}/model.safetensors") > 100_000
+        assert not list(tmp_path.glob(".*"))
 
 
-def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, tmp_path):
-    model = load_model(directory, torch.device("cpu"), torch.float32)
-    require_disk(model, str(tmp_path / "new" / "out"))
-    with pytest.raises(UserError, match="takes .* GB, and the disk of /proc/out has 0.0 GB free"):
-        require_disk(model, "/proc/out")
+def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, tmp_path, monkeypatch):
+    """And before the model is loaded: the files tell how large it is."""
+    args = options(tmp_path, model_name_or_path=directory, save_dir=str(tmp_path / "new" / "out"))
+    size = os.path.getsize(f"{directory}/model.safetensors")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
+    assert isinstance(load_to_train(args, CPU), CausalLMLoss)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
+    monkeypatch.setattr("model.loading.load_model", None)
+    line = rf"^The trained model takes {size / 1e9:.1f} GB in {args.save_dir}, and that disk has \d+\.\d GB free\. "
+    with pytest.raises(UserError, match=line + r"Free some space, or give another --save-dir\.$"):
+        load_to_train(args, CPU)
+    assert not (tmp_path / "new").exists()
 
 
 def test_half_precision_leaves_the_buffers_alone(directory):

@@ -10,26 +10,18 @@ interrupted download goes on where it stopped. With --tiny, a stand-in with rand
 offline.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common.arguments import download_arguments
-from common.download import download_model
+from model.tiny import download_or_stand_in
 
 
 def main():
     args = download_arguments(__doc__, model_name="meta-llama/Llama-3.1-8B", save_dir="./llama3.1-8b")
-    if args.tiny:
-        from model.tiny import write_tiny
-
-        write_tiny("llama3_1", args.save_dir)
-        print(f"Stand-in model saved in {args.save_dir}")
-    else:
-        download_model(args.model_name, args.save_dir, args.token)
+    download_or_stand_in(args, "llama3_1")
 
 
 if __name__ == "__main__":

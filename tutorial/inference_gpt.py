@@ -7,20 +7,15 @@
 The second asks with your own text, the third asks the untrained model, to compare.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.accelerator import start_accelerator
 from common.arguments import inference_arguments
-from common.download import require_model
+from common.model_directory import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import instruction
-from model.generation import prompt_room, stream_answer
-from model.loading import load_model
 
 TASK = """Write a Python function that merges two sorted lists of numbers into one sorted list without calling sort.
 It must work when one of the lists is empty, and take time in proportion to their lengths."""
@@ -29,15 +24,20 @@ TRAIN = "Run python tutorial/train_gpt.py first, or give a directory with --mode
 
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./code_generation")
-    require_model(args.model_name_or_path, hint=TRAIN)
+    require_model(args.model_name_or_path, hint=TRAIN, template=instruction)
+
+    # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.accelerator import start_accelerator
+    from model.generation import prompt_room, stream_answer
+    from model.loading import load_model
+
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
-
     # the template of the training, so that the model is asked in the format in which it learned
     example = instruction({"instruction": args.prompt or TASK, "output": ""})
     prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
-    stream_answer(model, tokenizer, prompt, args)
+    stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,15 @@ The second asks with your own text, the third asks the untrained model, to compa
 also what the first does where there is no trained 8B.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.accelerator import start_accelerator
 from common.arguments import inference_arguments
-from common.download import require_model
+from common.model_directory import require_model
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.templates import summarization
-from model.generation import prompt_room, stream_answer
-from model.loading import load_model
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
 engineers found that two of its five arches have sunk by four centimetres since 2019. The council voted 14 to
@@ -45,15 +40,20 @@ def main():
     args = inference_arguments(
         __doc__, model_name_or_path=next((path for path in trained if Path(path).is_dir()), trained[0])
     )
-    require_model(args.model_name_or_path, hint=TRAIN)
+    require_model(args.model_name_or_path, hint=TRAIN, template=summarization)
+
+    # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.accelerator import start_accelerator
+    from model.generation import prompt_room, stream_answer
+    from model.loading import load_model
+
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
-
     # the template of the training, so that the model is asked in the format in which it learned
     example = summarization({"article": args.prompt or ARTICLE, "highlights": ""})
     prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
-    stream_answer(model, tokenizer, prompt, args)
+    stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

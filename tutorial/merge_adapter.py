@@ -6,28 +6,40 @@ The base is loaded as it is stored, in 16 bit, also where the training held it i
 is there again. Needs main memory for the whole base (Llama 3.1 8B: 16 GB), and no GPU.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import merge_arguments
-from common.download import require_adapter
+from common import UserError
+from common.arguments import Parser
+from common.files import require_place, require_room
+from common.model_directory import base_of, bytes_of_weights, require_adapter, run_of
 from common.tokenization import load_tokenizer
-from model.loading import load_model, require_disk, save_model
 
 
 def main():
-    args = merge_arguments(__doc__, model_name_or_path="./llama3_1_korean", save_dir="./llama3_1_korean_merged")
-    require_adapter(args.model_name_or_path)
-    tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_model(args.model_name_or_path, "cpu", dtype=None, bits=0)
+    parser = Parser(__doc__)
+    parser.add_argument("--model-name-or-path", default="./llama3_1_korean", help="directory of the adapter")
+    parser.add_argument("--save-dir", default="./llama3_1_korean_merged", help="directory for the whole model")
+    args = parser.parse_args()
+    adapter, base = args.model_name_or_path, base_of(args.model_name_or_path)
+    require_place(args.save_dir, "--save-dir")
+    if Path(args.save_dir).resolve() in (Path(adapter).resolve(), Path(base).resolve()):
+        raise UserError(f"--save-dir {args.save_dir} is the directory of the adapter or of its base. Give another.")
+    require_adapter(adapter)
+    require_room(bytes_of_weights(base), args.save_dir, "The merged model")
+
+    # imported below the arguments, so that --help and a mistyped option are answered at once
+    import torch
+
+    from model.loading import load_model, save_model
+
+    tokenizer = load_tokenizer(adapter)
+    model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0)
 
     model = model.merge_and_unload()  # W + alpha / r * B A, layer by layer
-    require_disk(model, args.save_dir)
-    save_model(model, tokenizer, args.save_dir)
+    save_model(model, tokenizer, args.save_dir, base, run=run_of(adapter))
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ import torch
 import transformers
 
 from common.accelerator import start_accelerator
-from common.batching import global_batches, label_counts, micro_batches, row_lengths, static_batch
+from common.batching import Batches
 from common.dataset_cache import prepare_dataset
+from common.optimizer import make_optimizer
 from common.tokenization import load_tokenizer
-from common.training import make_optimizer
 from dataset.sources import load_splits
 from dataset.templates import alpaca
 from model.loss import CausalLMLoss
@@ -53,27 +53,31 @@ def measure(kind: str, dataset_file: str, steps: int) -> None:
         vocab_size=49152, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4
     )
     model = transformers.LlamaForCausalLM(config)
-    lengths, labels = row_lengths(split), label_counts(split, True)
     args = Namespace(lr=1e-4, weight_decay=0.01, bits=0)
-    if kind == "earlier loop":
+    earlier = kind == "earlier loop"
+    static_length = 1024 if earlier else 0
+    batches = Batches(split, BATCH, accelerator.micro_batch_tokens, static_length, train_on_prompt=True)
+    module = CausalLMLoss(model)
+    if earlier:
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     else:
-        module, optimizer = CausalLMLoss(model), make_optimizer(model, args, accelerator)
-    tokens = 0
-    for number, rows in enumerate(global_batches(len(lengths), BATCH, 0, 0)[: steps + 1]):
-        if number == 1:
+        optimizer = make_optimizer(module, args, accelerator)
+    tokens, start = 0, 0.0
+    for step in range(1, steps + 2):
+        if step == 2:
             tokens, start = 0, time.perf_counter()
-        if kind == "earlier loop":
-            (batch,) = static_batch(split, rows, BATCH, 1024, True)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss.backward()
-        else:
-            for batch in micro_batches(split, rows, accelerator.micro_batch_tokens, True):
-                with accelerator.autocast():
-                    loss = module(*batch)
-                (loss / int(labels[rows].sum())).backward()
+        rows = batches.rows_of(step, seed=0)
+        for batch in batches.of(rows):
+            if earlier:
+                ids, labels, mask = batch
+                model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+                continue
+            with accelerator.autocast():
+                loss = module(*batch)
+            (loss / int(batches.label_counts[rows].sum())).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        tokens += int(lengths[rows].sum())
+        tokens += int(batches.lengths[rows].sum())
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
     print(json.dumps({"tokens_per_second": tokens / seconds, "peak_mb": peak}))

@@ -1,0 +1,110 @@
+"""Places to write, and files and directories that are written whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Iterator, Sequence
+
+from common import UserError
+
+
+def nearest_existing(path) -> Path:
+    """`path` itself where it exists, else the nearest directory above it that does: where it would be made."""
+    path = Path(path).absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def require_place(directory, option: str) -> None:
+    """UserError, which names `option`, where `directory` can't be made, or nothing may be written in it."""
+    existing = nearest_existing(directory)
+    if not existing.is_dir():
+        raise UserError(f"{existing} is a file, so nothing can be saved in {directory}. Give another {option}.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"Nothing may be written in {existing}. Give another {option}.")
+
+
+def require_room(needed: int, directory, what: str) -> None:
+    """UserError where the disk of `directory` has no room for `needed` bytes."""
+    free = shutil.disk_usage(nearest_existing(directory)).free
+    if needed > free:
+        raise UserError(
+            f"{what} takes {needed / 1e9:.1f} GB in {directory}, and that disk has {free / 1e9:.1f} GB free. "
+            "Free some space, or give another --save-dir."
+        )
+
+
+@contextmanager
+def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield the path at which to write the file, or the directory, that is to be at `path`.
+
+    When the block ends it is on the disk and takes its place in one step; when it ends by an error (Ctrl-C is one)
+    nothing has changed. In a directory that is there already, other files stay, except those that match a pattern of
+    `stale`. Scratch files may lie beside the yielded path; they are removed.
+    """
+    path = Path(os.path.realpath(path))
+    beside = nearest_existing(path.parent)
+    with tempfile.TemporaryDirectory(
+        dir=beside if os.access(beside, os.W_OK) else path, prefix=f".{path.name}."
+    ) as scratch:
+        new = Path(scratch) / path.name
+        yield new
+        for file in (new, *new.rglob("*")):
+            flush(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            _replace_directory(new, path, stale)
+        else:
+            os.replace(new, path)
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until the file, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
+    names = sorted(file.name for file in new.iterdir())
+    try:
+        shutil.copymode(path, new)
+        for old in path.iterdir():  # what stays goes along, as a second name of the same file
+            if old.name not in names and old != new.parent and not any(fnmatch(old.name, pattern) for pattern in stale):
+                _link(old, new / old.name)
+        _exchange(new, path)
+        return
+    except (OSError, AttributeError, TypeError):  # a disk of its own, a file system or a system that can't
+        pass
+    # The next best: a directory without its config.json, which goes first and comes last, is no model, and no mixture.
+    with tempfile.TemporaryDirectory(dir=path, prefix=".new.") as inside:
+        for name in names:
+            shutil.move(str(new / name), inside)  # a copy where it is another disk
+            flush(Path(inside) / name)
+        for old in sorted(path.iterdir(), key=lambda file: not file.name.endswith("config.json")):
+            comes_anew = old.name.endswith("config.json") and old.name in names
+            if old.is_file() and (comes_anew or any(fnmatch(old.name, pattern) for pattern in stale)):
+                old.unlink()
+        for name in sorted(names, key=lambda name: name.endswith("config.json")):
+            os.replace(Path(inside) / name, path / name)
+
+
+def _link(old: Path, new: Path) -> None:
+    if old.is_dir() and not old.is_symlink():
+        shutil.copytree(old, new, symlinks=True, copy_function=os.link)
+    else:
+        os.link(old, new, follow_symlinks=False)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two directories' names in one step: renameat2, on Linux (https://man7.org/linux/man-pages/man2/rename.2.html)."""
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))

@@ -1,0 +1,140 @@
+"""What several test files need: how a refusal is checked, what is in a folder, which packages quantize here."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+
+# ------------------------------------------------------------------------------------------------ packages
+
+
+def quantizes() -> bool:
+    """Whether this machine's bitsandbytes is one that quantizes on a CPU; the older sets of packages have none."""
+    try:
+        return tuple(map(int, version("bitsandbytes").split(".")[:2])) >= (0, 46)
+    except PackageNotFoundError:
+        return False
+
+
+needs_bitsandbytes = pytest.mark.skipif(not quantizes(), reason="needs a bitsandbytes that quantizes on a CPU")
+
+# ------------------------------------------------------------------------------------------------ a reader's mistakes
+
+TRAIN = "python tutorial/train_llama3.py --batch-size 8 --max-train-steps 1 --eval-rows 0"
+PREPARE = "python dataset/prepare_llama3_dataset.py --block-size 128"
+INFERENCE = "python tutorial/inference_llama3.py --max-new-tokens 2"
+DOWNLOAD = "python tutorial/download_llama3_8b.py"
+SCRIPTS = {"train": TRAIN, "prepare": PREPARE, "inference": f"{INFERENCE} --model-name-or-path ./llama3-8b"}
+SAMPLE = ROOT / "dataset" / "samples" / "cnn_dailymail"
+
+
+def error_of(done):
+    """The reader's one line, the last of standard error; a library's warnings may stand before it."""
+    assert done.returncode == 2, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors == lines[-1:], done.stderr
+    return errors[0]
+
+
+def tells(done, *words):
+    """Its line holds each of `words`, whatever the case, and ends as a sentence or a command would, not in the air."""
+    line = error_of(done)
+    missing = [word for word in words if str(word).lower() not in line.lower()]
+    assert not missing, f"{missing} not in: {line}"
+    assert len(line) < 500 and not line.rstrip().endswith((":", ",", "(")), line
+
+
+def contents(folder):
+    """Every file in `folder`, hidden ones too, with a hash of what is in it; the repository's links apart."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if not name.startswith(".hf_home") and not path.is_symlink():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
+    return found
+
+
+def refusal(folder, warm):
+    """A function that runs a command that must fail, with these words in its line, and leave `folder` as it was."""
+
+    def check(command, *words, tells_of):
+        before = contents(folder)
+        tells(warm(command, *words, cwd=folder, ok=None), *tells_of)
+        assert contents(folder) == before
+
+    return check
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def rows_of(split):
+    return [json.loads(line) for line in (SAMPLE / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def parquet(rows):
+    import pyarrow.parquet
+
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def same_rows(one, other):
+    for split in ("train", "validation"):
+        assert one[split].keys() == other[split].keys() == {"input_ids", "offsets", "answer_starts"}
+        assert all(torch.equal(one[split][name], other[split][name]) for name in one[split])
+    assert one["meta"]["sha256"] == other["meta"]["sha256"]
+    assert one["meta"]["counts"] == other["meta"]["counts"]
+
+
+def change_dataset(path, change):
+    """Apply `change` to the document of a dataset file."""
+    document = torch.load(path)
+    change(document)
+    torch.save(document, path)
+
+
+def no_rows():
+    """A split of a dataset file that has none."""
+    return {
+        "input_ids": torch.zeros(0, dtype=torch.int32),
+        "offsets": torch.zeros(1, dtype=torch.int64),
+        "answer_starts": torch.zeros(0, dtype=torch.int32),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what a training left
+
+STEP = re.compile(
+    r"\[Step (\d+)/(\d+)\] \| Loss: \d+\.\d{5} \| Duration: \d+\.\d\d \| Throughput: \d+\.\d\d tokens/sec"
+)
+
+
+def steps_in(text):
+    """(step, total) of each step line."""
+    return [tuple(map(int, match.groups())) for match in map(STEP.fullmatch, text.splitlines()) if match]
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "training_log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(directory):
+    return (directory / "model.safetensors").read_bytes()
+
+
+def adapter_weights(directory):
+    from safetensors.torch import load_file
+
+    return load_file(directory / "adapter_model.safetensors")
