@@ -104,17 +104,16 @@ def test_weights_of_another_model(ready, refused):
 
 
 OF_ALPACA = "tutorial/inference_mistral.py or tutorial/inference_smollm2.py"
+
+
 # "alpaca(" is found in "korean_alpaca(" too, so a script that refuses the model is advised as well
-advises_korean = pytest.mark.xfail(reason="common/model_directory.py looks for the bare name", strict=True)
-
-
 @pytest.mark.parametrize(
     "template, script, right",
     [
         ("summarization", "inference_gpt.py", "tutorial/inference_llama2.py or tutorial/inference_llama3.py"),
         ("summarization", "inference_mistral.py", "tutorial/inference_llama2.py or tutorial/inference_llama3.py"),
-        pytest.param("alpaca", "inference_llama2.py", OF_ALPACA, marks=advises_korean),
-        pytest.param("alpaca", "inference_llama3_1.py", OF_ALPACA, marks=advises_korean),
+        pytest.param("alpaca", "inference_llama2.py", OF_ALPACA),
+        pytest.param("alpaca", "inference_llama3_1.py", OF_ALPACA),
         ("instruction", "inference_llama3.py", "tutorial/inference_gpt.py"),
         ("korean_alpaca", "inference_smollm2.py", "tutorial/inference_llama3_1.py"),
         ("my_own", "inference_llama3.py", "the script of its tutorial"),
