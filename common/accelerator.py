@@ -55,15 +55,15 @@ class Accelerator(NamedTuple):
         """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
         if self.static_shapes:
             return "Memory: see moreh-smi"
+        total = total_memory(self.device)
         if self.device.type == "cuda":
             used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
-            total = torch.cuda.get_device_properties(self.device).total_memory
         else:
             try:
                 import psutil
             except ImportError:
                 return f"Memory: not known, {missing_package('psutil')}"
-            used, total = psutil.Process().memory_info().rss, total_memory(self.device)
+            used = psutil.Process().memory_info().rss
             unit = 1 if sys.platform == "darwin" else 1024
             peak = max(used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"

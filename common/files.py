@@ -49,9 +49,8 @@ def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     beside = nearest_existing(path.parent)
-    with tempfile.TemporaryDirectory(
-        dir=beside if os.access(beside, os.W_OK) else path, prefix=f".{path.name}."
-    ) as scratch:
+    place = beside if os.access(beside, os.W_OK) else path
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{path.name}.") as scratch:
         new = Path(scratch) / path.name
         yield new
         for file in (new, *new.rglob("*")):
@@ -73,10 +72,14 @@ def flush(path: Path) -> None:
 
 def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
     names = sorted(file.name for file in new.iterdir())
+
+    def is_stale(name: str) -> bool:
+        return any(fnmatch(name, pattern) for pattern in stale)
+
     try:
         shutil.copymode(path, new)
         for old in path.iterdir():  # what stays goes along, as a second name of the same file
-            if old.name not in names and old != new.parent and not any(fnmatch(old.name, pattern) for pattern in stale):
+            if old.name not in names and old != new.parent and not is_stale(old.name):
                 _link(old, new / old.name)
         _exchange(new, path)
         return
@@ -89,7 +92,7 @@ def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
             flush(Path(inside) / name)
         for old in sorted(path.iterdir(), key=lambda file: not file.name.endswith("config.json")):
             comes_anew = old.name.endswith("config.json") and old.name in names
-            if old.is_file() and (comes_anew or any(fnmatch(old.name, pattern) for pattern in stale)):
+            if old.is_file() and (comes_anew or is_stale(old.name)):
                 old.unlink()
         for name in sorted(names, key=lambda name: name.endswith("config.json")):
             os.replace(Path(inside) / name, path / name)

@@ -17,9 +17,9 @@ Scores = Dict[str, Optional[float]]
 
 def score_of(template: str) -> Optional[Callable[[str, str, str], Scores]]:
     """What judges answers to prompts of that template, None where no program can."""
-    return (
-        rouge_score() if template == "summarization" else code_score if template in ("alpaca", "instruction") else None
-    )
+    if template == "summarization":
+        return rouge_score()
+    return code_score if template in ("alpaca", "instruction") else None
 
 
 def rouge_score() -> Callable[[str, str, str], Scores]:

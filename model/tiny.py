@@ -29,7 +29,6 @@ SMALL = {
     "num_key_value_heads": 2, "n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4,
 }  # fmt: skip
 
-
 # tokenizer_config.json with the class that the hub's names, because a class has habits of its own (the padding side).
 SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                  "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT, environment
+from tests.page_packages import names_of
 
 FOLDERS = ("common", "model", "dataset", "tutorial")
 ROOMS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
@@ -20,13 +21,9 @@ NAMES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path i
 
 def imports(path):
     """The rooms of ours that `path` imports, inside its functions too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {name for name in found if name in {*NAMES.values(), *FOLDERS}}
+    names = [name for _, name in names_of(path.read_text(encoding="utf-8"))]
+    found = {*names, *(name.rpartition(".")[0] for name in names)}  # of `from a import b`: a.b, and a
+    return found & {*NAMES.values(), *FOLDERS}
 
 
 def test_arrows_lead_downward_and_in_no_circle():

@@ -111,7 +111,7 @@ def main():
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     measures = measures_of(score, texts, references, before, after)
     print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
-    print_table(measures, digits)
+    print_table(measures)
     if score:
         print(" ".join(score.__doc__.split()))  # what the measures are
 
@@ -127,7 +127,7 @@ def main():
     print(f"Saved in {args.save_dir}: evaluation.json, evaluation.png")
 
 
-def print_table(measures: dict, digits) -> None:
+def print_table(measures: dict) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
