@@ -11,7 +11,7 @@ import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Callable, Dict, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 from common import UserError
 
@@ -92,27 +92,40 @@ def template_of(model_dir: str) -> Optional[str]:
     return adapter_facts(model_dir).get("template") or run_of(model_dir).get("dataset", {}).get("template")
 
 
-def positions(model_dir: str) -> Optional[int]:
-    """Tokens that the model can see at once; None where its config does not say."""
+def raw_config(model_dir: str) -> dict:
+    """config.json of a model's directory as it is written; {} of a hub id. UserError where it is damaged."""
+    path = Path(model_dir) / "config.json"
+    try:
+        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: delete it and download the model again") from None
+
+
+def positions_and_embeddings(model_dir: str) -> Tuple[Optional[int], Optional[int]]:
+    """Tokens that the model can see at once, and tokens that it knows; None where its config does not say."""
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(base_of(model_dir)), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(base_of(model_dir), trust_remote_code=False)
+    of_text = getattr(config, "text_config", config)  # of a model that reads pictures too
+    return getattr(of_text, "max_position_embeddings", None), getattr(of_text, "vocab_size", None)
+
+
+def safetensors_files(model_dir: str) -> List[Path]:
+    """The safetensors files that transformers reads of a directory: the whole one before the shards beside it."""
+    whole = Path(model_dir) / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(Path(model_dir).glob("model-*.safetensors"))
 
 
 def stored_tensors(model_dir: str) -> Dict[str, dict]:
     """{name: {"dtype": "F32", "BF16", ..., "shape": [...]}} of a directory's safetensors files; of others {}."""
-    directory = Path(model_dir)
-    whole = directory / "model.safetensors"  # transformers takes it before the shards beside it
-    files = [whole] if whole.is_file() else sorted(directory.glob("model-*.safetensors"))
-    tensors = {name: entry for file in files for name, entry in _header(file, {}).items()}
+    tensors = {name: entry for file in safetensors_files(model_dir) for name, entry in _header(file, {}).items()}
     tensors.pop("__metadata__", None)
     return tensors
 
 
 def bytes_of_weights(model_dir: str) -> int:
     """Bytes of the weights as they are stored; 0 of a hub id."""
-    directory = Path(model_dir)
-    files = [*directory.glob("model*.safetensors")] or [*directory.glob("pytorch_model*.bin")]
+    files = safetensors_files(model_dir) or Path(model_dir).glob("pytorch_model*.bin")
     return sum(file.stat().st_size for file in files)
 
 

@@ -8,7 +8,13 @@ from collections import Counter
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError
-from common.model_directory import positions, require_directory
+from common.model_directory import positions_and_embeddings, require_directory
+
+# what a tokenizer may consist of, each kind of some of these
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -20,13 +26,13 @@ class Example(NamedTuple):
 
 def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     """The tokenizer of a model directory (or of a hub id). UserError, ending in `hint`, where there is none, and where
-    `block_size` is beyond the positions that the model has."""
+    `block_size` is beyond the positions that the model has, or the tokenizer beyond its embeddings."""
     from transformers import AutoTokenizer
 
     require_directory(model_dir, hint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        most = positions(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+        most, embeddings = positions_and_embeddings(model_dir)
     except Exception as error:  # a file of another version fails as a bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
@@ -36,6 +42,13 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
     if most is not None and block_size > most:
         raise UserError(f"--block-size {block_size} is beyond the {most} positions of {model_dir}; take fewer.")
+    largest = max(tokenizer.get_vocab().values())
+    if embeddings is not None and largest >= embeddings:
+        raise UserError(
+            f"The tokenizer of {model_dir} has ids up to {largest}, and the model has embeddings for {embeddings} "
+            "tokens, from id 0: tokens were added to the one and not to the other. Take the model's own tokenizer, or "
+            "call model.resize_token_embeddings and save it."
+        )
     return tokenizer
 
 

@@ -16,10 +16,10 @@ from typing import List, Optional
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from common import UserError, brought_by
 from common.model_directory import ADAPTER, adapter_facts
+from model.targets import adapted, choose_targets, matrices
 
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
 LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
@@ -31,13 +31,17 @@ def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
 
     A weight is turned back into `dtype` for each product. UserError without a bitsandbytes that can do it.
     """
-    least = LEAST_BITSANDBYTES.get(device.type, LEAST_BITSANDBYTES_ELSEWHERE)
-    _require("bitsandbytes", least, f"--load-in-{bits}bit")
+    require_bitsandbytes(f"--load-in-{bits}bit", device)
     from transformers import BitsAndBytesConfig
 
     four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = BitsAndBytesConfig(**{"load_in_8bit": True} if bits == 8 else {**four, "bnb_4bit_compute_dtype": dtype})
     return {"quantization_config": config, "device_map": device}
+
+
+def require_bitsandbytes(what: str, device: torch.device) -> None:
+    """UserError, which begins with `what`, without a bitsandbytes that works on `device`."""
+    _require("bitsandbytes", LEAST_BITSANDBYTES.get(device.type, LEAST_BITSANDBYTES_ELSEWHERE), what)
 
 
 def keep_trainable(model: nn.Module) -> None:
@@ -54,33 +58,39 @@ def keep_trainable(model: nn.Module) -> None:
 def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, target_modules: List[str]) -> nn.Module:
     """`model` of the directory `base`, frozen, with a new adapter on it: a peft model. Its own weights are float32.
 
-    `target_modules`: names of layers, or ["all-linear"]. UserError where the model has no layer of a name; it lists
-    those that it has.
+    `target_modules`: names of layers, or ["all-linear"]. What model.targets has to say of them is printed, and so is
+    the share of the weights that gets no adapter. UserError where the model has no such layers, or peft none for them.
     """
     _require("peft", LEAST_PEFT, "--use-lora")
     from peft import LoraConfig, get_peft_model
 
-    have = {name.split(".")[-1]: type(layer) for name, layer in _linear_layers(model)}
-    every = target_modules == ["all-linear"]
-    unknown = [] if every else [name for name in target_modules if name not in have]
-    if unknown:
-        raise UserError(
-            f"--lora-target-modules {unknown[0]}: {base} has no layer of that name. "
-            f"It has {', '.join(sorted(have))}; all-linear takes all of them."
-        )
+    targets = choose_targets(model, base, target_modules, dropout)
+    total = sum(matrices(model).values())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=sorted(have) if every else target_modules,
-        fan_in_fan_out=Conv1D in have.values(),  # GPT-2 and Cerebras-GPT keep their matrices transposed
+        target_modules=targets.modules,
+        fan_in_fan_out=targets.transposed,
+        **{"target_parameters": targets.parameters} if targets.parameters else {},
     )
-    with _without_warnings():
-        model = get_peft_model(model, config)
+    try:
+        with _without_warnings():
+            model = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"peft puts no adapter beside these layers of {base}: {' '.join(str(error).split())[:200]} Name others "
+            "with --lora-target-modules."
+        ) from None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    print(f"LoRA: {trained:,} trainable parameters, r {r}, beside {', '.join(sorted(config.target_modules))}")
+    beside = adapted(model)
+    names = sorted({name.split(".")[-1] for name in beside})
+    print(f"LoRA: {trained:,} trainable parameters, r {r}, beside {', '.join(names)}")
+    without = 1 - sum(beside.values()) / total
+    if without > 0.0005:
+        print(f"LoRA: {without:.1%} of the weights between embeddings and output layer have no adapter beside them")
     return model
 
 
@@ -131,19 +141,12 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
 
 @contextmanager
 def _without_warnings():
-    """Not for the reader: peft asks transformers by an older name, and tells of what is set right."""
+    """Those not for the reader: peft asks transformers by an older name, and tells of what is set right."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # for GPT-2's layers
+        warnings.filterwarnings("error", "Found missing adapter keys")  # part of it would stay untrained, in silence
         yield
-
-
-def _linear_layers(model: nn.Module):
-    """(name, layer) of every matrix product but the output layer, quantized ones too."""
-    head = model.get_output_embeddings()
-    for name, layer in model.named_modules():
-        if isinstance(layer, (nn.Linear, Conv1D)) and layer is not head:
-            yield name, layer
 
 
 def _bits(model: nn.Module) -> int:

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+from inspect import signature
 from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
+from transformers.utils import logging
 
-from common import UserError, is_out_of_memory
+from common import UserError, is_out_of_memory, missing_package
 from common.accelerator import room_for
 from common.files import require_room, written_whole
-from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights, stored_tensors
-from model.adapters import add_lora, keep_trainable, load_adapter, quantization, save_adapter
-from model.loss import CausalLMLoss
+from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
+from model import stored as form
+from model.adapters import add_lora, keep_trainable, load_adapter, quantization, require_bitsandbytes, save_adapter
+from model.loss import CausalLMLoss, require_causal
+from model.targets import share_in_bits
 
 # transformers renamed the argument in 4.56
 DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 56) else "torch_dtype"
-# as safetensors names them
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# computed again whenever a model is made; old releases stored them all the same
+COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$")
 # what an earlier model may have left in a directory, and would be loaded with the new files
 OF_A_MODEL = (
     "*config.json", "model*.safetensors*", "adapter_model.*", "pytorch_model*", "tokenizer*", "special_tokens_map.json",
@@ -44,15 +49,25 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
             f"{directory} is an adapter, not a model. Train on its base again, or make one model of the two first: "
             f"python tutorial/merge_adapter.py --model-name-or-path {directory}"
         )
+    stored = form.how_stored(directory)
     if args.use_lora:
+        args.bits = form.bits_to_use(stored, args.bits or None, directory)
         base = load_model(directory, accelerator.device, accelerator.dtype, args.bits)
         model = add_lora(base, directory, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        saved = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-        require_room(saved, args.save_dir, "The adapter")
     else:
-        require_room(bytes_of_weights(directory), args.save_dir, "The trained model")
-        base = model = load_model(directory, accelerator.device)
+        base = model = load_model(directory, accelerator.device, bits=0)
+    saved_as = None if args.use_lora else stored.most
+    saved = sum(
+        weight.numel() * torch.empty((), dtype=saved_as or weight.dtype).element_size()
+        for weight in model.parameters()
+        if weight.requires_grad
+    )
+    require_room(saved, args.save_dir, "The adapter" if args.use_lora else "The trained model")
+    if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
+        require_causal(base, directory)
     if args.gradient_checkpointing:
+        if not base.supports_gradient_checkpointing:
+            raise UserError(f"--gradient-checkpointing: {base.config.model_type} has none. Leave the option out.")
         # transformers renamed it in 5.x; the reentrant form would want gradients of the frozen embeddings
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
@@ -63,48 +78,123 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
     """The model of `model_dir` on `device`, its weights in `dtype`; None: in the type in which they are stored.
 
     Of an adapter's directory: its base, with the adapter on it. `bits`: 4 or 8 to quantize, with products in `dtype`;
-    None leaves an adapter's base as it was in the training. UserError: the files are no model that transformers reads,
-    or not all of it, or the memory is too small.
+    0: not quantized, also where the base is stored so; None: as it is stored, an adapter's base as it was in the
+    training. Tensors that are stored in float32 beside others in 16 bit stay in float32. UserError: the files are no
+    causal language model that transformers reads, or not all of it, or more, or the memory is too small.
     """
     base = base_of(model_dir)
+    stored = form.how_stored(base)
     if base != model_dir:
         facts = adapter_facts(model_dir)
-        bits = int(facts.get("base_bits", 0)) if bits is None else bits
+        bits = int(facts["base_bits"]) if bits is None and "base_bits" in facts else bits
         how = f" in {bits} bit" if bits else ""
         print(f"Adapter {model_dir} on the base {base}{how}, prompts as in {facts.get('template') or 'its training'}")
-    options = quantization(bits, device, dtype) if bits else {}
+    bits = form.bits_to_use(stored, bits, base)
+    if stored.bits or stored.method:
+        how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
+        print(f"{base} is stored in {stored.method or f'{stored.bits} bit'}: it is used in {how}.")
     with room_for(f"the weights of {base}", bytes_of_weights(base), device):
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                base, output_loading_info=True, **{DTYPE: dtype if bits else "auto"}, **options
-            )
-        except Exception as error:  # each way in which files can be wrong has a type of its own
-            if is_out_of_memory(error):
-                raise
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"The model {base} can't be loaded: {reason}. Download it again.") from None
-        if info["missing_keys"]:
-            raise UserError(f"The weights of {base} lack {min(info['missing_keys'])}. Download it again.")
+        model = _from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
+        if stored.method or (stored.bits and not bits):
+            form.forget_quantization(model.dequantize() if stored.bits else model)
         if bits:
             keep_trainable(model)
-        else:
-            setattr(model.config, DTYPE, next(model.parameters()).dtype)  # older releases leave it open
-            # one by one: neither the device nor the main memory has to hold them all in the larger of the two types
-            for weight in model.parameters():  # not model.to(dtype): the frequencies of RoPE, a buffer, stay in float32
-                weight.data = weight.data.to(device, dtype or weight.dtype)
-            model.to(device)
+            rest = 1 - share_in_bits(model)
+            if rest > 0.01:
+                print(
+                    f"{rest:.0%} of the weights between embeddings and output layer are not in {bits} bit: experts, ..."
+                )
+        setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
+        form.move(model, device, dtype, stored)
+        if stored.mixed and dtype != torch.float32:  # its parts are in two types, products need one
+            model.forward = torch.autocast(device.type, dtype or stored.most)(model.forward)
         return model if base == model_dir else load_adapter(model, model_dir)
+
+
+def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.dtype], bits: int) -> nn.Module:
+    """What transformers makes of the directory; UserError where that is not all, or not only, of what it holds."""
+    # in float32 from the start also where that is asked for: some models round factors that they compute themselves
+    whole = stored.mixed or (dtype == torch.float32 and not stored.bits)
+    options = {DTYPE: torch.float32 if whole else dtype if bits and not stored.bits else "auto"}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of missing and unexpected names it prints a table; here they are one line
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if config.is_encoder_decoder:
+            raise UserError(
+                f"{base} is an encoder-decoder model ({config.model_type}), which answers in another way. Take a "
+                "causal language model (Llama, Mistral, GPT)."
+            )
+        if stored.method:
+            config.quantization_config["dequantize"] = True
+        elif stored.bits:
+            require_bitsandbytes(f"{base}, which is stored in {stored.bits} bit,", device)
+            options["device_map"] = device
+            if dtype and stored.bits == 4:
+                config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).replace("torch.", "")
+        elif bits:
+            options.update(quantization(bits, device, dtype))
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, config=config, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # each way in which files can be wrong has a type of its own
+        if is_out_of_memory(error) or isinstance(error, UserError):
+            raise
+        raise UserError(f"The model {base} can't be loaded: {_reason(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    lacking, strange = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    strange = [name for name in strange if not COMPUTED.search(name)]
+    for prefix, maker in (("_orig_mod.", "torch.compile"), ("module.", "DataParallel")):
+        if strange and all(name.startswith(prefix) for name in strange):
+            inside = "model._orig_mod" if maker == "torch.compile" else "model.module"
+            raise UserError(
+                f"The names of the weights of {base} begin with {prefix}: they were saved from within {maker}. Save "
+                f"{inside} in place of model, or take the prefix away."
+            )
+    for names, what in (
+        (strange, f"hold what {type(model).__name__} has no place for"),
+        (lacking, "are not all there"),
+    ):
+        if names:
+            raise UserError(
+                f"The weights of {base} {what}: {', '.join(names[:3])} ({len(names)} in all). config.json and weights "
+                "are of two models, or of one that does more than text. Download both again, or take one of text alone."
+            )
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong while loading, and what helps against it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return missing_package(error.name)
+    if isinstance(error, ImportError):
+        return f"{short} Install that package."
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it needs code of its own, which is never run here. Take a model that transformers knows."
+    if "Unrecognized configuration class" in text:
+        return "it is no causal language model. Take one (Llama, Mistral, GPT)."
+    if "not recognize this architecture" in text or "model_type" in text:
+        return (
+            f"transformers {transformers_version} does not know its architecture ({short}). pip install -U transformers"
+        )
+    if "mismatch" in text:
+        return f"config.json and weights are of different models ({short}). Download both again."
+    return f"{short}. Download it again."
 
 
 def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: Optional[dict] = None) -> None:
     """Save model (with or without its loss) and tokenizer, as `AutoModelForCausalLM.from_pretrained(save_dir)` loads
-    them. `model` stays as it is: copies are cast.
+    them, in every transformers from 4.40 on. `model` stays as it is: copies are cast.
 
     base: the directory whose types the weights get back; without one they are saved as they are. Of a model with an
     adapter the adapter alone is saved, as it is. run: what is to stand in run.json (common.training.train gives it).
-    All of it is on the disk, and takes the place of a model that is there already in one step, before the last line.
+    All of it is on the disk, has been compared with the model, and takes the place of a model that is there already in
+    one step, before the last line. UserError where it differs: what was there before stays.
     """
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
@@ -113,30 +203,26 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
             save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
         else:
             _save_weights(network, tokenizer, new, base)
-        tokenizer.save_pretrained(new)
+        form.save_tokenizer(tokenizer, new)
         if run:
             finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             (new / RUN).write_text(json.dumps(finished, indent=2, ensure_ascii=False), encoding="utf-8")
-        mode = (new / "tokenizer_config.json").stat().st_mode
+        mode = min(new.glob("*config.json")).stat().st_mode
         for file in new.iterdir():
             file.chmod(mode)  # safetensors lets nobody else read its files
     print(f"Model saved in {save_dir}")
 
 
 def _save_weights(model, tokenizer, directory: Path, base: str) -> None:
-    types = {name: TYPES[entry["dtype"]] for name, entry in stored_tensors(base).items() if entry["dtype"] in TYPES}
-    of_config = getattr(model.config, DTYPE) if base else None
-    most = max(types.values(), key=[*types.values()].count, default=of_config)
-    copies: dict = {}  # of tied weights one
-    weights = {}
-    for name, weight in model.state_dict().items():
-        dtype = types.get(name, most) if weight.is_floating_point() else None
-        key = weight.data_ptr(), weight.shape, dtype
-        weights[name] = copies.setdefault(key, weight.to("cpu", dtype or weight.dtype))
+    stored = form.how_stored(base) if base else None
+    weights = form.weights_to_save(model, stored)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
-    model.save_pretrained(directory, state_dict=weights, safe_serialization=True)
-    if base:  # it has written down the type of the live weights
-        setattr(model.config, DTYPE, most)
-        model.config.save_pretrained(directory)
+    # the names are those of the files already
+    as_named = (
+        {"save_original_format": False} if "save_original_format" in signature(model.save_pretrained).parameters else {}
+    )
+    model.save_pretrained(directory, state_dict=dict(weights), safe_serialization=True, **as_named)
+    form.check_saved(directory, weights, model, stored)
+    form.complete_config(directory, base, stored.most if stored else None)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import UserError
 from common.batching import IGNORED
 
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
@@ -138,7 +139,33 @@ def has_plain_head(model: nn.Module) -> bool:
         for hook in hooks:
             hook.remove()
     return (
-        "head_in" in seen
+        len(seen) == 3  # OPT goes past its base model
         and torch.equal(seen["base"], seen["head_in"])
         and torch.equal(logits, seen["head_out"].to(logits.dtype))
     )
+
+
+@torch.no_grad()
+def require_causal(model: nn.Module, model_dir: str) -> None:
+    """UserError where a position of the model sees later tokens (BERT, Roberta): it would be trained with the answer
+    before its eyes.
+
+    Asked of the model itself: twelve tokens twice, the second half of them changed. The first half's positions must
+    not move. Those of MoE do by rounding, because the tokens are grouped otherwise; one may take another expert.
+    """
+    rows, half = len(model.get_input_embeddings().weight), 6
+    ids = torch.arange(3 * half, device=model.device) + rows // 2  # pad and other special tokens stand at the ends
+    was_training = model.training
+    model.eval()
+    one, other = (
+        model(input_ids=(tail % rows)[None], use_cache=False).logits[0].float()
+        for tail in (ids[: 2 * half], torch.cat([ids[:half], ids[2 * half :]]))
+    )
+    model.train(was_training)
+    moved = (one - other).abs().amax(1)
+    of_experts = any("expert" in name for name, _ in model.named_parameters())
+    if moved[:half].median() > (0.03 if of_experts else 0.001) * moved[half:].median():
+        raise UserError(
+            f"{model_dir} is no causal language model: what it says at a place depends on later tokens, so it would be "
+            "trained with the answer before its eyes. Take a causal one (Llama, Mistral, GPT)."
+        )
