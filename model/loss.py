@@ -137,8 +137,9 @@ def has_plain_head(model: nn.Module) -> bool:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+    # OPT's forward passes over its base model, and calls what is inside it
     return (
-        "head_in" in seen
+        seen.keys() == {"base", "head_in", "head_out"}
         and torch.equal(seen["base"], seen["head_in"])
         and torch.equal(logits, seen["head_out"].to(logits.dtype))
     )
