@@ -137,9 +137,8 @@ def has_plain_head(model: nn.Module) -> bool:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
-    # OPT's forward passes over its base model, and calls what is inside it
     return (
-        seen.keys() == {"base", "head_in", "head_out"}
+        len(seen) == 3  # OPT goes past its base model
         and torch.equal(seen["base"], seen["head_in"])
         and torch.equal(logits, seen["head_out"].to(logits.dtype))
     )
