@@ -137,6 +137,7 @@ def has_plain_head(model: nn.Module) -> bool:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+        torch.clear_autocast_cache()  # torch 2.1 would go on with the weights cast here, which pass no gradient on
     return (
         "head_in" in seen
         and torch.equal(seen["base"], seen["head_in"])
