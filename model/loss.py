@@ -36,7 +36,7 @@ class CausalLMLoss(nn.Module):
     @property
     def network(self) -> nn.Module:
         """The model whose forward is called: an adapter is a part of its layers, so that of the base."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
