@@ -59,6 +59,9 @@ def _one_line(kind, error, traceback):
         error = UserError(missing_package(error.name))
     elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
+    elif issubclass(kind, RuntimeError) and "without overflow" in str(error):
+        # where AdamW isn't fused (on a CPU before torch 2.4) it refuses such a step, and makes no inf of it
+        error = UserError("The training broke: a step is beyond float32. Take a smaller --lr, or more --warmup-steps.")
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

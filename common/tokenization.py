@@ -34,7 +34,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         most, embeddings = positions_and_embeddings(model_dir)
     except Exception as error:  # a file of another version fails as a bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]  # transformers 4 lists all models
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")

@@ -199,7 +199,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
     with written_whole(save_dir, stale=OF_A_MODEL) as new:
-        if hasattr(network, "peft_config"):
+        if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
             save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
         else:
             _save_weights(network, tokenizer, new, base)

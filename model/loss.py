@@ -37,7 +37,7 @@ class CausalLMLoss(nn.Module):
     @property
     def network(self) -> nn.Module:
         """The model whose forward is called: an adapter is a part of its layers, so that of the base."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
@@ -138,6 +138,7 @@ def has_plain_head(model: nn.Module) -> bool:
         model.train(was_training)
         for hook in hooks:
             hook.remove()
+        torch.clear_autocast_cache()  # torch 2.1 would go on with the weights cast here, which pass no gradient on
     return (
         len(seen) == 3  # OPT goes past its base model
         and torch.equal(seen["base"], seen["head_in"])

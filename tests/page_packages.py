@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Set, Tuple
 
@@ -108,6 +108,8 @@ def modules_of(name: str, root: Path) -> List[Path]:
 @lru_cache(maxsize=None)
 def providers() -> Dict[str, List[str]]:
     """{name to import: packages that have it}"""
+    from importlib.metadata import packages_distributions  # Python 3.10, and test_rooms reads this file in 3.8 too
+
     return dict(packages_distributions())
 
 

@@ -21,6 +21,7 @@ from common.download import ask_hub
 from model.configs import shape as shape_of
 from model.plan import way_to_run
 from tests.conftest import FOLDERS, NOWHERE, ROOT, lay_out, run
+from tests.helpers import tells
 from tests.hub_server import HubServer
 from tutorial import check_accelerator as check
 
@@ -58,9 +59,9 @@ def test_json_tells_the_truth(found):
     ] == []
     assert found["platform"] == ("CUDA" if torch.cuda.is_available() else "CPU")
     assert found["versions"]["python"] == "{}.{}.{}".format(*sys.version_info)
-    assert found["versions"]["torch"] == torch.__version__
-    for name in ("transformers", "datasets"):
+    for name in ("torch", "transformers", "datasets"):
         assert found["versions"][name] == version(name)
+    assert torch.__version__.startswith(found["versions"]["torch"])  # older wheels name their CUDA (+cu121) only here
     assert abs(found["disk_free"] - shutil.disk_usage(ROOT).free) < 20e9  # other programs write meanwhile
     assert found["hub"] == {"endpoint": NOWHERE, "reachable": False, "token": "none"}
     assert [row["name"].split(",")[0] for row in found["tutorials"]] == list(TUTORIALS)
@@ -84,7 +85,7 @@ def test_tables_into_a_pipe(found, folder):
     assert max(len(line) for line in lines if not line.startswith("  python ")) <= 100
     assert f"0: {found['devices'][0]['name']} " in done.stdout
     assert f"Platform   {found['platform']}, {found['precision']}" in lines
-    assert f"torch {torch.__version__}, " in done.stdout
+    assert f"torch {version('torch')}, " in done.stdout
     assert f"Model hub  {NOWHERE} does not answer (--tiny rehearses without it)" in lines
     for name in TUTORIALS:
         row = rf"{re.escape(name)}\W.* [\d.]+   (full|LoRA|rehearsal)"
@@ -433,7 +434,11 @@ def test_commands_are_there(name, warm, folder):
 def test_rehearsal(name, warm, folder):
     """The commands for a machine on which nothing fits, with one epoch of ten: they touch nothing of a real model."""
     tutorial = TUTORIALS[name]
-    for command in way_to_run(tutorial, "CPU", 1.0, 1.0)["commands"]:
+    commands = way_to_run(tutorial, "CPU", 1.0, 1.0)["commands"]
+    if name == "Llama 3.1 8B" and tuple(map(int, version("transformers").split(".")[:2])) < (4, 43):
+        tells(warm(commands[0], cwd=folder, ok=None), "too old for this model", "transformers>=4.43")
+        return
+    for command in commands:
         said = warm(command.replace("--epochs 10", "--epochs 1"), cwd=folder).stdout
     assert said.splitlines()[-1] == f"Model saved in ./rehearsal/{tutorial.kind}/trained"
     losses = [float(loss) for loss in re.findall(r"Held-out loss: (.*)", said)]

@@ -50,7 +50,10 @@ def too_large(batch_size, rows=ROWS):
 
 @pytest.mark.parametrize("name", sorted({page.packages for page in PAGES.values()}))
 def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path):
-    """pip has nothing to do, although no index has the platform's build of torch."""
+    """pip has nothing to do, although no index has the platform's build of torch.
+
+    But where this machine's transformers is older than the page's: pip asks for a newer one, and for nothing else.
+    """
     newer = name in ("requirements_smollm2.txt", "requirements_llama3_1.txt")
     moai = "2.1.0+moreh25.5" if newer else "1.13.1+cu116.moreh24.5.0"
     # the newest accelerate, which is what this machine has, does not go with the older of the platform's two; its
@@ -61,7 +64,11 @@ def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path
         (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {number}\n")
         (installed / "INSTALLER").write_text("pip\n")
     env = {"PYTHONPATH": str(installed.parent), "PIP_NO_INDEX": "1"}  # nothing can be fetched
-    lines = run(f"python -m pip install -r requirements/{name}", cwd=folder, env=env).stdout.splitlines()
+    done = run(f"python -m pip install -r requirements/{name}", cwd=folder, env=env, ok=None)
+    lines, errors = done.stdout.splitlines(), re.findall(r"ERROR: No matching distribution found for (.*)", done.stderr)
+    needed = re.search(r"(?m)^transformers>=(\d+)\.(\d+)", (ROOT / "requirements" / name).read_text(encoding="utf-8"))
+    too_old = tuple(map(int, version("transformers").split(".")[:2])) < tuple(map(int, needed.groups()))
+    assert (done.returncode, errors) == ((1, [needed.group()]) if too_old else (0, [])), done.stderr
     assert [line.endswith(f"({moai})") for line in lines if "satisfied: torch>=" in line and "line 2" in line] == [True]
     assert all(line.startswith("Requirement already satisfied: ") for line in lines), lines
 

@@ -202,7 +202,9 @@ def test_bfloat16_products_come_close(build):
         loss = sum(module(*batch) for batch in micro_batches(split, list(range(12)), 200)) / labels
     loss.backward()
     assert abs(loss - expected) < 0.02 * expected
-    assert all(weight.grad.dtype == torch.float32 for weight in model.parameters())
+    # all have one: the first forward, which asks what the head does without gradients, must cost the batch none
+    gradients = [weight.grad for weight in model.parameters()]
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in gradients)
 
 
 def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4

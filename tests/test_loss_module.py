@@ -127,6 +127,7 @@ def test_two_processes_that_shard_it_train_as_one_does(kind, lora, directories, 
         assert loss_of_two == pytest.approx(loss, rel=1e-6) and norm_of_two == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.skipif(not hasattr(torch.device, "__enter__"), reason="torch before 2.0 can't build on a device so")
 @pytest.mark.parametrize("kind", ["llama3", "gpt", "smollm2", "mistral"])
 def test_it_can_be_made_on_the_meta_device(kind):
     """Nothing is computed before there are weights; what the head does is asked at the first forward."""
@@ -144,6 +145,11 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
     directory = str(directories / "llama3")  # stored in bfloat16
     tokenizer, split = load_tokenizer(directory), a_split()
 
+    def config_of(model):
+        config = model.model.config.to_dict()
+        config.pop("_attn_implementation_autoset", None)  # a note of transformers 4.50 to itself, which saving changes
+        return config
+
     def train(save):
         model = CausalLMLoss(load_model(directory, torch.device("cpu")))
         optimizer = make_optimizer(model, options(tmp_path), CPU)
@@ -156,10 +162,10 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
             optimizer.zero_grad()
             if save and step in (0, 2):
                 before = {name: weight.clone() for name, weight in model.state_dict().items()}
-                config = model.model.config.to_dict()
+                config = config_of(model)
                 save_model(model, tokenizer, str(tmp_path / "saved"), base=directory)
                 assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-                assert model.model.config.to_dict() == config
+                assert config_of(model) == config
         return model.state_dict()
 
     plain, saved = train(False), train(True)
@@ -167,6 +173,6 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
     assert all(torch.equal(weight, saved[name]) for name, weight in plain.items())
     assert {entry["dtype"] for entry in stored_tensors(str(tmp_path / "saved")).values()} == {"BF16"}
     assert stored_tensors(str(tmp_path / "saved")).keys() == stored_tensors(directory).keys()
-    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", torch_dtype="auto")
     assert reopened.dtype == torch.bfloat16
     assert os.stat(tmp_path / "saved" / "model.safetensors").st_mode & 0o044  # others may read it
