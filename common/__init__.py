@@ -50,6 +50,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def cause_of(error: Exception) -> str:
+    """Why a model's files could not be loaded, and what helps, for the reader; "" where nothing tells."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return missing_package(error.name)
+    if isinstance(error, ImportError):
+        return f"{short} Install that package."
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it needs code of its own, which is never run here. Take a model that transformers knows."
+    if "Unrecognized configuration class" in text:
+        return "it is no causal language model. Take one (Llama, Mistral, GPT)."
+    if "not recognize this architecture" in text or "Unrecognized model" in text:
+        return f"the transformers that is installed does not know it ({short}). pip install -U transformers"
+    if "mismatch" in text:
+        return f"config.json and weights are of different models ({short}). Download both again."
+    return ""
+
+
 def _one_line(kind, error, traceback):
     if is_out_of_memory(error):
         options = ", ".join(less_memory)

@@ -102,10 +102,18 @@ def raw_config(model_dir: str) -> dict:
 
 
 def positions_and_embeddings(model_dir: str) -> Tuple[Optional[int], Optional[int]]:
-    """Tokens that the model can see at once, and tokens that it knows; None where its config does not say."""
+    """Tokens that the model can see at once, and tokens that it knows; None where its config does not say.
+
+    UserError for an encoder-decoder model.
+    """
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(base_of(model_dir), trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{model_dir} is an encoder-decoder model ({config.model_type}), which is trained in another way. Take a "
+            "causal language model (Llama, Mistral, GPT)."
+        )
     of_text = getattr(config, "text_config", config)  # of a model that reads pictures too
     return getattr(of_text, "max_position_embeddings", None), getattr(of_text, "vocab_size", None)
 

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
-from common import UserError
+from common import UserError, cause_of
 from common.model_directory import positions_and_embeddings, require_directory
 
 # what a tokenizer may consist of, each kind of some of these
@@ -31,10 +31,14 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
 
     require_directory(model_dir, hint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         most, embeddings = positions_and_embeddings(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:  # a file of another version fails as a bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]  # transformers 4 lists all models
+        if cause_of(error):
+            raise UserError(f"{model_dir} can't be used: {cause_of(error)}") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")

@@ -13,7 +13,7 @@ from transformers import TextStreamer
 from common import UserError
 from common.batching import Batches
 from common.training import total_loss
-from model.loss import CausalLMLoss
+from model.loss import CausalLMLoss, require_causal
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
@@ -82,6 +82,8 @@ def perplexity_and_answers(
     """
     if max(map(len, prompts)) > prompt_room(model, max_new_tokens):
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for the longest prompt. Take fewer.")
+    if not accelerator.static_shapes:
+        require_causal(model, model.name_or_path)
     with_loss = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
     loss, answers, at_once = 0.0, {}, batches.batch_size
     # prompts of like length together; the longest first, so that too little memory shows at once

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from common import UserError, is_out_of_memory, missing_package
+from common import UserError, cause_of, is_out_of_memory
 from common.accelerator import room_for
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
@@ -116,17 +116,12 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
 def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.dtype], bits: int) -> nn.Module:
     """What transformers makes of the directory; UserError where that is not all, or not only, of what it holds."""
     # in float32 from the start also where that is asked for: some models round factors that they compute themselves
-    whole = stored.mixed or (dtype == torch.float32 and not stored.bits)
+    whole = stored.mixed or (dtype == torch.float32 and not (stored.bits or stored.method))
     options = {DTYPE: torch.float32 if whole else dtype if bits and not stored.bits else "auto"}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of missing and unexpected names it prints a table; here they are one line
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if config.is_encoder_decoder:
-            raise UserError(
-                f"{base} is an encoder-decoder model ({config.model_type}), which answers in another way. Take a "
-                "causal language model (Llama, Mistral, GPT)."
-            )
         if stored.method:
             config.quantization_config["dequantize"] = True
         elif stored.bits:
@@ -142,7 +137,8 @@ def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.d
     except Exception as error:  # each way in which files can be wrong has a type of its own
         if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        raise UserError(f"The model {base} can't be loaded: {_reason(error)}") from None
+        cause = cause_of(error) or f"{' '.join(str(error).split())[:200]}. Download it again."
+        raise UserError(f"The model {base} can't be loaded: {cause}") from None
     finally:
         logging.set_verbosity(verbosity)
     lacking, strange = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
@@ -164,27 +160,6 @@ def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.d
                 "are of two models, or of one that does more than text. Download both again, or take one of text alone."
             )
     return model
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong while loading, and what helps against it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        return missing_package(error.name)
-    if isinstance(error, ImportError):
-        return f"{short} Install that package."
-    if "trust_remote_code" in text or "custom code" in text:
-        return "it needs code of its own, which is never run here. Take a model that transformers knows."
-    if "Unrecognized configuration class" in text:
-        return "it is no causal language model. Take one (Llama, Mistral, GPT)."
-    if "not recognize this architecture" in text or "model_type" in text:
-        return (
-            f"transformers {transformers_version} does not know its architecture ({short}). pip install -U transformers"
-        )
-    if "mismatch" in text:
-        return f"config.json and weights are of different models ({short}). Download both again."
-    return f"{short}. Download it again."
 
 
 def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: Optional[dict] = None) -> None:

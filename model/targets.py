@@ -59,6 +59,12 @@ def choose_targets(model: nn.Module, base: str, asked: List[str], dropout: float
             f"--lora-dropout {dropout}: {base} is a mixture of experts, and peft has no dropout on them. Give "
             "--lora-dropout 0, or name other layers with --lora-target-modules."
         )
+    if experts:
+        # peft takes layers of these names for experts of old, in the models where experts had them: dense layers and
+        # shared experts would be left out. As tensors it takes them; not those in 4 bit.
+        mistaken = [name for name in names if name in ("gate_proj", "up_proj", "down_proj")]
+        if all(layer.weight.is_floating_point() for layer in layers.values()):
+            names, experts = sorted(set(names) - set(mistaken)), experts + [f"{name}.weight" for name in mistaken]
     if part:
         print(f"LoRA: beside the language model alone ({part}); what reads pictures or sound stays as it is.")
         inside = "|".join(map(re.escape, names))
@@ -128,11 +134,11 @@ def _can_have(model: nn.Module, name: str, layer: nn.Module) -> bool:
     would learn nothing, and change the merged model. The routers of Llama 4 and Phi-MoE are layers with more than one
     answer. And peft has a list of its own.
     """
-    if type(layer).__module__.startswith("transformers.models"):
+    if "Router" in type(layer).__name__:
         return False
     parent, _, own = name.rpartition(".")
     code = getsource(type(model.get_submodule(parent)))
-    if re.search(rf"\bself\.{own}\.weight\b(?!\.(dtype|device|shape))", code):
+    if re.search(rf"\bself\.{own}\.weight\b(?!\[|\.(data|dtype|device|shape)\b)", code):
         return False
     try:  # peft 0.18 or newer
         from peft import LoraConfig

@@ -7,6 +7,7 @@ weights, large enough that attention and logits are far from uniform, in a direc
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from common import UserError
 from common.model_directory import stored_tensors
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
@@ -177,9 +179,15 @@ OWN_HEAD = {
 # Linear layers that get no adapter, by the last part of their names.
 NO_ADAPTER = {
     "out_proj",  # of Mamba: kernels read its weight without calling the layer, so peft refuses it
+    "x_proj",  # of Mamba: as out_proj, in training
     "dt_proj", "classifier", "correction_coefs",  # of Mamba, LongCat's router, Gemma 3n: as out_proj, and everywhere
     "router",  # of Llama 4 and PhiMoE: gives more than a product
 }  # fmt: skip
+
+# Whose adapter transformers' renaming of names loses on its way back, and so can't be loaded.
+LOST_ON_LOADING = {
+    "laguna": "the dot of its pattern `mlp.shared_expert.` matches any letter, that of `mlp.shared_experts` too",
+}
 
 # Where plain transformers itself answers a prompt differently beside a longer one, and why.
 PADDING_SHOWS = {
@@ -309,7 +317,11 @@ def test_a_merged_adapter_and_a_loaded_one_answer_as_the_trained_one(base, tmp_p
     adapted, untouched = logits(model), logits(load_model(base, CPU))
     assert (adapted - untouched).norm() > 0.01 * untouched.norm()
     save_adapter(model, tmp_path, "")
-    close(logits(load_adapter(load_model(base, CPU), str(tmp_path))), adapted, 1e-6)
+    if Path(base).name in LOST_ON_LOADING:
+        with pytest.raises(UserError, match="missing adapter keys"):
+            load_adapter(load_model(base, CPU), str(tmp_path))
+    else:
+        close(logits(load_adapter(load_model(base, CPU), str(tmp_path))), adapted, 1e-6)
     close(logits(model.merge_and_unload()), adapted)
 
 

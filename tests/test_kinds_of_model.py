@@ -1,0 +1,153 @@
+"""A model that is not what the scripts train is one line before the training; one that only looks so works."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.tokenization import load_tokenizer
+from tests import stored_forms as forms
+from tests.helpers import INFERENCE, PREPARE, SAMPLE, TRAIN, tells
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EVALUATE = "python tutorial/evaluate.py --rows 2 --max-new-tokens 2 --dataset-name-or-path ./llama3_dataset.pt"
+
+
+def model_of(config_class, ready, to="./other", dtype=torch.float32, **settings):
+    """Its directory, with the tokenizer of Llama3's stand-in."""
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{config_class}Config")(vocab_size=len(tokenizer), **{**SMALL, **settings})
+    model = AutoModelForCausalLM.from_config(config)
+    model.to(dtype).save_pretrained(ready / to, safe_serialization=True)
+    tokenizer.save_pretrained(ready / to)
+    return to
+
+
+# ------------------------------------------------------------------------------------ f. later tokens in sight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("encoder", ["Bert", "Roberta", "Electra", "XLMRoberta", "MegatronBert"])
+@pytest.mark.parametrize("how", ["train", "lora", "evaluate"])
+def test_an_encoder_is_refused(how, encoder, dtype, ready, warm):
+    directory = model_of(encoder, ready, dtype=dtype, max_position_embeddings=2048)
+    command = {"train": TRAIN, "lora": f"{TRAIN} --use-lora", "evaluate": EVALUATE}[how]
+    more = ["--base-model-name-or-path", directory] if how == "evaluate" else []
+    tells(warm(command, "--model-name-or-path", directory, *more, cwd=ready, ok=None), directory, "causal", "later")
+
+
+@pytest.mark.parametrize("encoder", ["Bert", "Roberta"])
+def test_the_same_with_causal_attention_is_trained(encoder, ready, warm):
+    directory = model_of(encoder, ready, max_position_embeddings=2048, is_decoder=True)
+    warm(TRAIN, "--model-name-or-path", directory, "--save-dir", "./result", cwd=ready)
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bart", "Pegasus", "MBart", "MT5"])
+@pytest.mark.parametrize("script", ["train", "lora", "inference"])
+def test_an_encoder_decoder_is_refused_by_its_name(kind, script, ready, warm):
+    shutil.copytree(ready / "llama3-8b", ready / "other")
+    getattr(transformers, f"{kind}Config")().save_pretrained(ready / "other")
+    command = {"train": TRAIN, "lora": f"{TRAIN} --use-lora", "inference": INFERENCE}[script]
+    done = warm(command, "--model-name-or-path", "./other", cwd=ready, ok=None)
+    tells(done, "./other", kind.lower(), "encoder-decoder")
+
+
+# ------------------------------------------------------------------------------------ h. heads, ids and embeddings
+
+
+@pytest.mark.parametrize("words", [[], ["--use-lora"]], ids=["full", "lora"])
+def test_opt_whose_forward_goes_past_its_base_model(words, ready, warm):
+    directory = model_of(
+        "OPT", ready, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=2048, intermediate_size=64
+    )
+    warm(TRAIN, *words, "--model-name-or-path", directory, "--save-dir", "./result", cwd=ready)
+    warm(INFERENCE, "--model-name-or-path", "./result", cwd=ready)
+
+
+def larger_tokenizer(ready, how):
+    """A copy of the stand-in to whose tokenizer something was added, and not to its embeddings; its first new id."""
+    shutil.copytree(ready / "llama3-8b", ready / "other")
+    tokenizer = AutoTokenizer.from_pretrained(ready / "other")
+    first = len(tokenizer)
+    if how == "tokens":
+        tokenizer.add_tokens([f"velmora{number}" for number in range(3)])
+    elif how == "end token":
+        tokenizer.add_special_tokens({"eos_token": "<|the_end|>"})
+    elif how == "pad token":
+        tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    elif how == "chat tokens":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.save_pretrained(ready / "other")
+    return first, len(tokenizer) - 1
+
+
+@pytest.mark.parametrize("how", ["tokens", "end token", "pad token", "chat tokens"])
+def test_ids_beyond_the_embeddings_are_one_line_with_both_sizes(how, ready, warm):
+    embeddings, largest = larger_tokenizer(ready, how)
+    sample = ["--dataset-name-or-path", SAMPLE]
+    for command, more in ((PREPARE, sample), (TRAIN, []), (INFERENCE, [])):
+        done = warm(command, *more, "--model-name-or-path", "./other", cwd=ready, ok=None)
+        tells(done, "./other", str(largest), str(embeddings), "resize_token_embeddings")
+
+
+def test_resized_embeddings_are_trained_and_saved(ready, warm):
+    larger_tokenizer(ready, "end token")
+    model = AutoModelForCausalLM.from_pretrained(ready / "other")
+    model.resize_token_embeddings(len(AutoTokenizer.from_pretrained(ready / "other")))
+    model.save_pretrained(ready / "other")
+    words = ["--model-name-or-path", "./other"]
+    warm(PREPARE, "--dataset-name-or-path", SAMPLE, *words, "--save-path", "./more.pt", cwd=ready)
+    warm(TRAIN, *words, "--dataset-name-or-path", "./more.pt", "--save-dir", "./result", cwd=ready)
+    warm(INFERENCE, "--model-name-or-path", "./result", cwd=ready)
+
+
+# ------------------------------------------------------------------------------------ j. advice by cause
+
+
+@pytest.mark.parametrize("prefix, inside", [("_orig_mod.", "model._orig_mod"), ("module.", "model.module")])
+@pytest.mark.parametrize("script", ["train", "lora", "inference"])
+def test_names_with_a_prefix(prefix, inside, script, ready, warm):
+    forms.renamed(ready / "llama3-8b", ready / "other", prefix)
+    command = {"train": TRAIN, "lora": f"{TRAIN} --use-lora", "inference": INFERENCE}[script]
+    done = warm(command, "--model-name-or-path", "./other", cwd=ready, ok=None)
+    tells(done, "./other", prefix, inside)
+    assert "download" not in done.stderr.lower()
+
+
+def config_of(ready, **changed):
+    shutil.copytree(ready / "llama3-8b", ready / "other")
+    path = ready / "other" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+
+
+CAUSES = {
+    "an architecture that transformers does not know": ({"model_type": "velmora"}, "pip install -U transformers"),
+    "code of its own": ({"model_type": "velmora", "auto_map": {"AutoConfig": "c.C"}}, "never run here"),
+    "sizes of another model": ({"hidden_size": 32, "head_dim": 8}, "different models"),
+    "more layers than the weights have": ({"num_hidden_layers": 3}, "not all there"),
+    "fewer layers than the weights have": ({"num_hidden_layers": 1}, "no place for"),
+}
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+def test_advice_by_cause(cause, ready, warm):
+    changed, advice = CAUSES[cause]
+    config_of(ready, **changed)
+    for command in (TRAIN, INFERENCE):
+        tells(warm(command, "--model-name-or-path", "./other", cwd=ready, ok=None), "./other", advice)
+
+
+@pytest.mark.parametrize("kind", ["Vit", "Whisper", "Clip"])
+def test_a_model_of_another_kind(kind, ready, warm):
+    shutil.copytree(ready / "llama3-8b", ready / "other")
+    name = {"Vit": "ViT", "Clip": "CLIP"}.get(kind, kind)
+    getattr(transformers, f"{name}Config")().save_pretrained(ready / "other")
+    done = warm(INFERENCE, "--model-name-or-path", "./other", cwd=ready, ok=None)
+    tells(done, "./other", "model")
+    assert "download it again" not in done.stderr.lower()

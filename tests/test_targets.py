@@ -1,0 +1,112 @@
+"""Beside which layers an adapter is put: the experts of MoE, the language model alone, and none that would not work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from common import UserError
+from common.tokenization import load_tokenizer
+from model.adapters import add_lora
+from model.loading import load_model
+from model.targets import adapted, matrices
+from tests.helpers import TRAIN, needs_bitsandbytes, tells
+
+SMALL = {
+    "vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+MOE = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 8, "moe_intermediate_size": 32, "head_dim": 8, "num_experts_per_tok": 2},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "GraniteMoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+FUSED = int(transformers.__version__.split(".")[0]) >= 5  # before, each expert is a layer of its own
+
+
+def built(kind, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SMALL, **settings})
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", MOE)
+def test_the_experts_get_adapters_and_what_is_left_out_is_told(kind, capsys):
+    model = built(kind, **MOE[kind])
+    total = sum(matrices(model).values())
+    experts = sum(weight.numel() for name, weight in model.named_parameters() if "expert" in name)
+    assert experts > total / 2  # nothing to be left out
+    model = add_lora(model, "here", 4, 8, 0.0, ["all-linear"])
+    with_one = sum(adapted(model).values())
+    told = capsys.readouterr().out
+    assert with_one > 0.97 * total
+    assert f"{1 - with_one / total:.1%} of the weights between embeddings and output layer have no adapter" in told
+
+
+@pytest.mark.skipif(not FUSED, reason="before transformers 5 experts are layers, which have dropout")
+@pytest.mark.parametrize("kind", MOE)
+def test_dropout_on_experts_is_one_line(kind):
+    with pytest.raises(UserError, match="--lora-dropout 0.1: here is a mixture of experts.*--lora-dropout 0"):
+        add_lora(built(kind, **MOE[kind]), "here", 4, 8, 0.1, ["all-linear"])
+    add_lora(built(kind, **MOE[kind]), "here", 4, 8, 0.1, ["q_proj"])  # and by name, without experts, it goes
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(not FUSED, reason="before transformers 5 experts are layers, and in 4 bit like all")
+@pytest.mark.parametrize("kind", MOE)
+def test_experts_that_stay_in_16_bit_are_told(kind, base, tmp_path, capsys):
+    built(kind, **MOE[kind]).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
+    model = load_model(str(tmp_path / "moe"), torch.device("cpu"), torch.bfloat16, bits=4)
+    sizes = matrices(model)
+    head = model.get_output_embeddings()
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
+    packed = sum(layer.in_features * layer.out_features for layer in layers)
+    assert f"{1 - packed / sum(sizes.values()):.0%} of the weights" in capsys.readouterr().out
+
+
+SOME_REFUSED = {"Mamba": {"dt_proj", "out_proj", "x_proj"}, "FalconMamba": {"dt_proj", "out_proj", "x_proj"}}
+
+
+@pytest.mark.parametrize("kind", SOME_REFUSED)
+def test_layers_that_no_adapter_can_stand_beside_are_left_out_with_one_line(kind, capsys):
+    model = built(kind, state_size=8)
+    model = add_lora(model, "here", 4, 8, 0.0, ["all-linear"])
+    beside = {name.split(".")[-1] for name in adapted(model)}
+    assert beside and not beside & SOME_REFUSED[kind]
+    assert f"no adapter beside {', '.join(sorted(SOME_REFUSED[kind]))}" in capsys.readouterr().out
+
+
+def test_a_layer_that_peft_refuses_by_name_is_one_line():
+    with pytest.raises(UserError, match="peft puts no adapter beside these layers of here.*--lora-target-modules"):
+        add_lora(built("Mamba", state_size=8), "here", 4, 8, 0.0, ["out_proj"])
+
+
+def test_of_a_model_with_a_vision_part_the_language_model_alone(capsys):
+    if not hasattr(transformers, "Gemma3Config"):
+        pytest.skip("transformers before 4.50 has no Gemma 3")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config={**SMALL, "head_dim": 8},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    model = add_lora(AutoModelForCausalLM.from_config(config), "here", 4, 8, 0.0, ["all-linear"])
+    assert adapted(model) and all("language_model" in name for name in adapted(model))
+    assert "language model alone" in capsys.readouterr().out
+
+
+def test_gradient_checkpointing_of_a_model_that_has_none(ready, warm):
+    if not hasattr(transformers, "JetMoeConfig"):
+        pytest.skip("transformers before 4.41 has no JetMoe")
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32, "kv_channels": 8}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4}
+    config = transformers.JetMoeConfig(vocab_size=len(tokenizer), **sizes, **more)
+    AutoModelForCausalLM.from_config(config).save_pretrained(ready / "jet")
+    tokenizer.save_pretrained(ready / "jet")
+    words = ["--gradient-checkpointing", "--model-name-or-path", "./jet"]
+    tells(warm(TRAIN, *words, cwd=ready, ok=None), "--gradient-checkpointing", "jetmoe")
