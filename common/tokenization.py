@@ -10,12 +10,6 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 from common import UserError, cause_of
 from common.model_directory import positions_and_embeddings, require_directory
 
-# what a tokenizer may consist of, each kind of some of these
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-
 
 class Example(NamedTuple):
     """A prompt in pieces and its answer, both text. The pieces at odd places may be cut, the others are the frame."""

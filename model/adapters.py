@@ -19,7 +19,6 @@ from torch import nn
 
 from common import UserError, brought_by
 from common.model_directory import ADAPTER, adapter_facts
-from model.targets import adapted, choose_targets, matrices
 
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
 LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
@@ -55,6 +54,16 @@ def keep_trainable(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def tell_what_is_not_in_bits(model: nn.Module, bits: int) -> None:
+    """Print the share of a quantized model's weights that bitsandbytes left as they were: it takes linear layers alone,
+    and the experts of MoE are none."""
+    from model.targets import share_in_bits
+
+    rest = 1 - share_in_bits(model)
+    if rest > 0.01:
+        print(f"{rest:.0%} of the weights between embeddings and output layer are not in {bits} bit: no linear layers")
+
+
 def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, target_modules: List[str]) -> nn.Module:
     """`model` of the directory `base`, frozen, with a new adapter on it: a peft model. Its own weights are float32.
 
@@ -63,6 +72,8 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
     """
     _require("peft", LEAST_PEFT, "--use-lora")
     from peft import LoraConfig, get_peft_model
+
+    from model.targets import adapted, choose_targets, matrices
 
     targets = choose_targets(model, base, target_modules, dropout)
     total = sum(matrices(model).values())
@@ -74,8 +85,9 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
         lora_dropout=dropout,
         target_modules=targets.modules,
         fan_in_fan_out=targets.transposed,
-        **{"target_parameters": targets.parameters} if targets.parameters else {},
     )
+    if targets.parameters:
+        config.target_parameters = targets.parameters  # peft before 0.17 has no such argument
     try:
         with _without_warnings():
             model = get_peft_model(model, config)

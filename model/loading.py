@@ -7,7 +7,7 @@ import re
 import time
 from inspect import signature
 from pathlib import Path
-from typing import Optional
+from typing import Iterable, Optional
 
 import torch
 from torch import nn
@@ -19,10 +19,18 @@ from common import UserError, cause_of, is_out_of_memory
 from common.accelerator import room_for
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
-from model import stored as form
-from model.adapters import add_lora, keep_trainable, load_adapter, quantization, require_bitsandbytes, save_adapter
+from model.adapters import (
+    add_lora,
+    keep_trainable,
+    load_adapter,
+    quantization,
+    require_bitsandbytes,
+    save_adapter,
+    tell_what_is_not_in_bits,
+)
 from model.loss import CausalLMLoss, require_causal
-from model.targets import share_in_bits
+from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
+from model.stored import Stored, bits_to_use, bytes_of, forget_quantization, how_stored, move
 
 # transformers renamed the argument in 4.56
 DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 56) else "torch_dtype"
@@ -49,20 +57,17 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
             f"{directory} is an adapter, not a model. Train on its base again, or make one model of the two first: "
             f"python tutorial/merge_adapter.py --model-name-or-path {directory}"
         )
-    stored = form.how_stored(directory)
+    stored = how_stored(directory)
     if args.use_lora:
-        args.bits = form.bits_to_use(stored, args.bits or None, directory)
+        args.bits = bits_to_use(stored, args.bits or None, directory)
         base = load_model(directory, accelerator.device, accelerator.dtype, args.bits)
         model = add_lora(base, directory, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+        saved = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+        require_room(saved, args.save_dir, "The adapter")
     else:
+        in_16_bit = 16 // min(16, stored.bits)  # how many times as large as the base's files
+        require_room(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
         base = model = load_model(directory, accelerator.device, bits=0)
-    saved_as = None if args.use_lora else stored.most
-    saved = sum(
-        weight.numel() * torch.empty((), dtype=saved_as or weight.dtype).element_size()
-        for weight in model.parameters()
-        if weight.requires_grad
-    )
-    require_room(saved, args.save_dir, "The adapter" if args.use_lora else "The trained model")
     if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
         require_causal(base, directory)
     if args.gradient_checkpointing:
@@ -83,53 +88,50 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
     causal language model that transformers reads, or not all of it, or more, or the memory is too small.
     """
     base = base_of(model_dir)
-    stored = form.how_stored(base)
+    stored = how_stored(base)
     if base != model_dir:
         facts = adapter_facts(model_dir)
         bits = int(facts["base_bits"]) if bits is None and "base_bits" in facts else bits
         how = f" in {bits} bit" if bits else ""
         print(f"Adapter {model_dir} on the base {base}{how}, prompts as in {facts.get('template') or 'its training'}")
-    bits = form.bits_to_use(stored, bits, base)
-    if stored.bits or stored.method:
+    bits = bits_to_use(stored, bits, base)
+    if stored.method:
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
-        print(f"{base} is stored in {stored.method or f'{stored.bits} bit'}: it is used in {how}.")
-    with room_for(f"the weights of {base}", bytes_of_weights(base), device):
+        print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
+    in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
+    with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device):
         model = _from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
-        if stored.method or (stored.bits and not bits):
-            form.forget_quantization(model.dequantize() if stored.bits else model)
+        if stored.method and not bits:
+            forget_quantization(model.dequantize() if stored.method == "bitsandbytes" else model)
         if bits:
             keep_trainable(model)
-            rest = 1 - share_in_bits(model)
-            if rest > 0.01:
-                print(
-                    f"{rest:.0%} of the weights between embeddings and output layer are not in {bits} bit: experts, ..."
-                )
+            tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
-        form.move(model, device, dtype, stored)
+        move(model, device, dtype, stored)
         if stored.mixed and dtype != torch.float32:  # its parts are in two types, products need one
             model.forward = torch.autocast(device.type, dtype or stored.most)(model.forward)
         return model if base == model_dir else load_adapter(model, model_dir)
 
 
-def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.dtype], bits: int) -> nn.Module:
+def _from_files(base: str, stored: Stored, device: torch.device, dtype: Optional[torch.dtype], bits: int) -> nn.Module:
     """What transformers makes of the directory; UserError where that is not all, or not only, of what it holds."""
     # in float32 from the start also where that is asked for: some models round factors that they compute themselves
-    whole = stored.mixed or (dtype == torch.float32 and not (stored.bits or stored.method))
-    options = {DTYPE: torch.float32 if whole else dtype if bits and not stored.bits else "auto"}
+    whole = stored.mixed or (dtype == torch.float32 and not stored.method)
+    options = {DTYPE: torch.float32 if whole else dtype if bits and not stored.method else "auto"}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # of missing and unexpected names it prints a table; here they are one line
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if stored.method:
-            config.quantization_config["dequantize"] = True
-        elif stored.bits:
+        if stored.method == "bitsandbytes":
             require_bitsandbytes(f"{base}, which is stored in {stored.bits} bit,", device)
             options["device_map"] = device
             if dtype and stored.bits == 4:
                 config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).replace("torch.", "")
-        elif bits:
+        elif stored.method:
+            config.quantization_config["dequantize"] = True
+        if bits and not options.get("device_map"):
             options.update(quantization(bits, device, dtype))
         model, info = AutoModelForCausalLM.from_pretrained(
             base, config=config, output_loading_info=True, trust_remote_code=False, **options
@@ -141,25 +143,26 @@ def _from_files(base: str, stored, device: torch.device, dtype: Optional[torch.d
         raise UserError(f"The model {base} can't be loaded: {cause}") from None
     finally:
         logging.set_verbosity(verbosity)
-    lacking, strange = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    strange = [name for name in strange if not COMPUTED.search(name)]
-    for prefix, maker in (("_orig_mod.", "torch.compile"), ("module.", "DataParallel")):
-        if strange and all(name.startswith(prefix) for name in strange):
-            inside = "model._orig_mod" if maker == "torch.compile" else "model.module"
-            raise UserError(
-                f"The names of the weights of {base} begin with {prefix}: they were saved from within {maker}. Save "
-                f"{inside} in place of model, or take the prefix away."
-            )
-    for names, what in (
-        (strange, f"hold what {type(model).__name__} has no place for"),
-        (lacking, "are not all there"),
-    ):
-        if names:
-            raise UserError(
-                f"The weights of {base} {what}: {', '.join(names[:3])} ({len(names)} in all). config.json and weights "
-                "are of two models, or of one that does more than text. Download both again, or take one of text alone."
-            )
+    strange = [name for name in info["unexpected_keys"] if not COMPUTED.search(name)]
+    if strange or info["missing_keys"]:
+        raise UserError(f"The weights of {base} {_mismatch(model, strange, info['missing_keys'])}")
     return model
+
+
+def _mismatch(model: nn.Module, strange: Iterable[str], lacking: Iterable[str]) -> str:
+    """What is wrong with the names of the weights in the files, and what helps."""
+    for prefix, maker, inside in (("_orig_mod.", "torch.compile", "_orig_mod"), ("module.", "DataParallel", "module")):
+        if strange and all(name.startswith(prefix) for name in strange):
+            return (
+                f"have names that begin with {prefix}: they were saved from within {maker}. Save model.{inside} in "
+                "place of model, or take the prefix away."
+            )
+    what = f"hold what {type(model).__name__} has no place for," if strange else "lack"
+    names = sorted(strange or lacking)
+    return (
+        f"{what} {', '.join(names[:3])} ({len(names)} in all). config.json and weights are of two models, or of one "
+        "that does more than text. Download both again, or take one of text alone."
+    )
 
 
 def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: Optional[dict] = None) -> None:
@@ -178,7 +181,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
             save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
         else:
             _save_weights(network, tokenizer, new, base)
-        form.save_tokenizer(tokenizer, new)
+        save_tokenizer(tokenizer, new)
         if run:
             finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             (new / RUN).write_text(json.dumps(finished, indent=2, ensure_ascii=False), encoding="utf-8")
@@ -189,15 +192,16 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
 
 def _save_weights(model, tokenizer, directory: Path, base: str) -> None:
-    stored = form.how_stored(base) if base else None
-    weights = form.weights_to_save(model, stored)
+    stored = how_stored(base) if base else None
+    weights = weights_to_save(model, stored)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
-    # the names are those of the files already
-    as_named = (
-        {"save_original_format": False} if "save_original_format" in signature(model.save_pretrained).parameters else {}
-    )
-    model.save_pretrained(directory, state_dict=dict(weights), safe_serialization=True, **as_named)
-    form.check_saved(directory, weights, model, stored)
-    form.complete_config(directory, base, stored.most if stored else None)
+    dtype = getattr(model.config, DTYPE)
+    options = {"state_dict": dict(weights), "safe_serialization": True}
+    if "save_original_format" in signature(model.save_pretrained).parameters:
+        options["save_original_format"] = False  # they have the names of the files already
+    model.save_pretrained(directory, **options)
+    setattr(model.config, DTYPE, dtype)  # it has written down the type of the live weights
+    check_saved(directory, weights, model, stored)
+    complete_config(directory, base, stored.most if stored else None)

@@ -1,73 +1,68 @@
-"""How a model's weights are stored: in which types, quantized or not; and how a result gets them back.
-
-A result is to be what was trained, in the form in which its base came: each tensor under its name and in its type, and
-config and tokenizer as plain transformers reads them, the releases before 5 included.
-"""
+"""How a model's weights are stored: in which types, quantized or not; and what a loaded model keeps of that."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from common import UserError
-from common.model_directory import raw_config, safetensors_files, stored_tensors
-from common.tokenization import TOKENIZER_FILES, fingerprint, load_tokenizer
+from common.model_directory import raw_config, stored_tensors
 
 # as safetensors names them
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DEQUANTIZED = ("fp8", "mxfp4")  # transformers turns them into 16 bit while it loads
+DEQUANTIZED = {"fp8": 8, "mxfp4": 4}  # bits of forms that transformers turns into 16 bit while it loads
 
 
 class Stored(NamedTuple):
     """The form of a model on the disk."""
 
-    bits: int  # 4 or 8: quantized by bitsandbytes; else 0
-    method: str  # of another quantization, one of DEQUANTIZED; else ""
+    method: str  # "" or how it is quantized: "bitsandbytes", or one of DEQUANTIZED
+    bits: int  # of most numbers
     types: Dict[str, torch.dtype]  # of each tensor, by its name in the files; {} where quantized
     most: Optional[torch.dtype]  # the type of most numbers, of a quantized model those to compute in; None: not known
 
     @property
     def mixed(self) -> bool:
         """Whether some tensors are in float32 among others in 16 bit: the biases of a router, for one."""
-        return torch.float32 in self.types.values() and self.most in (torch.float16, torch.bfloat16)
+        return self.bits == 16 and torch.float32 in self.types.values()
 
 
 def how_stored(model_dir: str) -> Stored:
     """The form of the model in `model_dir`; of a hub id nothing is known. UserError for one that can't be used here."""
     config = raw_config(model_dir)
-    inner = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
-    named = next((part.get(key) for part in (config, inner) for key in ("dtype", "torch_dtype") if part.get(key)), "")
+    inner = config.get("text_config") or {}
+    named = next((part[key] for part in (config, inner) for key in ("dtype", "torch_dtype") if part.get(key)), "")
     most = getattr(torch, str(named), None)
     quantization = config.get("quantization_config") or config.get("compression_config")
-    if not quantization:
-        types, numbers = _types(model_dir)
-        return Stored(0, "", types, max(numbers, key=numbers.get, default=most))
-    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
-    method = quantization.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
-    if method == "bitsandbytes":
-        return Stored(4 if four else 8, "", {}, most)
-    if method in DEQUANTIZED:
-        return Stored(0, method, {}, most or torch.bfloat16)
-    raise UserError(
-        f"The weights of {model_dir} are stored in the form {method}, which can neither be trained nor merged here. "
-        "Take the model that it was made of, in 16 bit; --load-in-4bit makes it as small."
-    )
+    if quantization:
+        return _quantized(quantization, most or torch.bfloat16, model_dir)
+    tensors = stored_tensors(model_dir)
+    types = {name: TYPES[entry["dtype"]] for name, entry in tensors.items() if entry["dtype"] in TYPES}
+    types = types or _types_of_bin(model_dir)
+    numbers: Dict[torch.dtype, int] = {}
+    for name, dtype in types.items():
+        numbers[dtype] = numbers.get(dtype, 0) + (torch.Size(tensors[name]["shape"]).numel() if tensors else 1)
+    most = max(numbers, key=numbers.get, default=most)
+    return Stored("", 8 * bytes_of(most), types, most)
 
 
 def bits_to_use(stored: Stored, bits: Optional[int], model_dir: str) -> int:
     """`bits` (None: as it is stored) for a model of this form. UserError where it is stored in other bits."""
-    if bits and stored.bits and bits != stored.bits:
+    of_base = stored.bits if stored.method == "bitsandbytes" else 0
+    if bits and of_base and bits != of_base:
         raise UserError(
-            f"{model_dir} is stored in {stored.bits} bit, so --load-in-{bits}bit can't be had of it. Leave the option "
-            f"out, or give --load-in-{stored.bits}bit."
+            f"{model_dir} is stored in {of_base} bit, so --load-in-{bits}bit can't be had of it. Leave the option "
+            f"out, or give --load-in-{of_base}bit."
         )
-    return stored.bits if bits is None else bits
+    return of_base if bits is None else bits
+
+
+def bytes_of(dtype: Optional[torch.dtype]) -> int:
+    """Bytes of one number; 2 where the type is not known."""
+    return torch.empty((), dtype=dtype or torch.bfloat16).element_size()
 
 
 def forget_quantization(model: nn.Module) -> None:
@@ -93,133 +88,26 @@ def move(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype], s
     model.to(device)
 
 
-def weights_to_save(model: nn.Module, stored: Optional[Stored]) -> Dict[str, torch.Tensor]:
-    """Copies of the weights on the CPU under the names of the files, each in its stored type; without `stored` as they
-    are. Tied weights are one copy, so that they are saved once."""
-    weights = model.state_dict()
-    try:  # transformers 5 holds the experts of a layer as one tensor, the files each on its own
-        from transformers.core_model_loading import revert_weight_conversion
-
-        weights = revert_weight_conversion(model, weights)
-    except ImportError:
-        pass
-    stored_type = (
-        {_place(weights[name]): dtype for name, dtype in stored.types.items() if name in weights} if stored else {}
+def _quantized(quantization: dict, most: torch.dtype, model_dir: str) -> Stored:
+    four, eight = quantization.get("load_in_4bit"), quantization.get("load_in_8bit")
+    method = quantization.get("quant_method") or ("bitsandbytes" if four or eight else "unknown")
+    if method == "bitsandbytes":
+        return Stored(method, 4 if four else 8, {}, most)
+    if method in DEQUANTIZED:
+        return Stored(method, DEQUANTIZED[method], {}, most)
+    raise UserError(
+        f"The weights of {model_dir} are stored in the form {method}, which can neither be trained nor merged here. "
+        "Take the model that it was made of, in 16 bit; --load-in-4bit makes it as small."
     )
-    copies: dict = {}
-    for name, weight in weights.items():
-        place, dtype = _place(weight), weight.dtype
-        if stored and weight.is_floating_point():
-            dtype = stored_type.get(place) or stored.most or dtype
-        weights[name] = copies.setdefault(place, weight.detach().to("cpu", dtype).contiguous())
-    return weights
 
 
-def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Module, stored: Optional[Stored]) -> None:
-    """UserError unless the files in `directory` hold `weights`, by their headers, and one tensor in a hundred by value;
-    as many numbers as the model has, and each in the type of the base's."""
-    saved = stored_tensors(str(directory))
-
-    def require(right: bool, what: str) -> None:
-        if not right:
-            raise UserError(
-                f"What was written is not the trained model: {what}. Nothing was replaced. Please report this, with "
-                "the versions of torch, transformers and safetensors."
-            )
-
-    places = {_place(weight) for name, weight in weights.items() if name in saved}
-    lost = [name for name, weight in weights.items() if _place(weight) not in places]
-    require(not lost, f"{lost[:1]} is missing")
-    require(set(saved) <= set(weights), f"{sorted(set(saved) - set(weights))[:1]} is not a weight of it")
-    for name, entry in saved.items():
-        weight = weights[name]
-        require(entry["shape"] == list(weight.shape), f"{name} has the shape {entry['shape']}")
-        right = stored.types.get(name) if stored else None
-        require(TYPES.get(entry["dtype"], weight.dtype) == (right or weight.dtype), f"{name} is in {entry['dtype']}")
-    numbers = sum(weight.numel() for weight in {id(weight): weight for weight in weights.values()}.values())
-    live = {_place(weight): weight.numel() for weight in model.state_dict().values()}
-    require(numbers == sum(live.values()), f"it has {numbers} numbers in place of {sum(live.values())}")
-    some = set(sorted(saved)[::100])
-    for file in safetensors_files(str(directory)):
-        with safe_open(str(file), "pt") as opened:
-            for name in some.intersection(opened.keys()):
-                require(torch.equal(opened.get_tensor(name), weights[name]), f"{name} has other values")
-
-
-def save_tokenizer(tokenizer, directory: Path) -> None:
-    """The tokenizer's files as they came, where it is as it came; in words that transformers before 5 reads."""
-    tokenizer.save_pretrained(directory)
-    source = Path(tokenizer.name_or_path)
-    came = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if came and fingerprint(load_tokenizer(str(source))) == fingerprint(tokenizer):
-        for file in directory.iterdir():
-            if file.name in TOKENIZER_FILES:
-                file.unlink()
-        for file in came:
-            shutil.copyfile(file, directory / file.name)
-    path = directory / "tokenizer_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
-    came = dict(settings)
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    if settings != came:
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def complete_config(directory: Path, base: str, dtype: Optional[torch.dtype]) -> None:
-    """config.json with the old keys beside the new ones, as the base has them, or made of transformers 5's.
-
-    A release before 5 passes over `rope_parameters`, and would compute with a rope_theta of 10000 without a word.
-    """
-    path = directory / "config.json"
-    came, config = raw_config(base) if base else {}, json.loads(path.read_bytes())
-    for key in ("quantization_config", "compression_config", "transformers_version", "auto_map", "_name_or_path"):
-        came.pop(key, None)
-    _older_keys(came, config)
-    inner = came.get("text_config"), config.get("text_config")
-    if all(isinstance(part, dict) for part in inner):
-        _older_keys(*inner)
-    if dtype:
-        config["dtype"] = config["torch_dtype"] = str(dtype).replace("torch.", "")
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _older_keys(came: dict, config: dict) -> None:
-    config.update({key: value for key, value in came.items() if key not in config})
-    rope = config.get("rope_parameters") or {}
-    whole = rope.get("full_attention", rope)  # one for each kind of layer (Gemma 3), or one for all
-    if isinstance(whole, dict) and "rope_theta" in whole:
-        config.setdefault("rope_theta", whole["rope_theta"])
-        kind = whole.get("rope_type", "default")
-        if kind in ("linear", "dynamic"):  # releases before 4.43 take these two keys and no others
-            config.setdefault("rope_scaling", {"type": kind, "factor": whole["factor"]})
-        elif kind in ("yarn", "longrope", "llama3"):  # that they know
-            config.setdefault("rope_scaling", {key: value for key, value in whole.items() if key != "rope_theta"})
-    if "sliding_attention" in rope and "rope_theta" in rope["sliding_attention"]:
-        config.setdefault("rope_local_base_freq", rope["sliding_attention"]["rope_theta"])
-
-
-def _place(weight: torch.Tensor) -> tuple:
-    """The same for two names of one tensor."""
-    return weight.data_ptr(), weight.shape
-
-
-def _types(model_dir: str):
-    """Of each tensor the type, and of each type how many numbers; of .bin files where torch can map them (2.1)."""
-    tensors = {
-        name: (TYPES[entry["dtype"]], torch.Size(entry["shape"]).numel())
-        for name, entry in stored_tensors(model_dir).items()
-        if entry["dtype"] in TYPES
-    }
-    for file in [] if tensors else sorted(Path(model_dir).glob("pytorch_model*.bin")):
+def _types_of_bin(model_dir: str) -> Dict[str, torch.dtype]:
+    """Of pytorch_model*.bin, where torch can map them (2.1) and need not read them; {} elsewhere."""
+    types: Dict[str, torch.dtype] = {}
+    for file in sorted(Path(model_dir).glob("pytorch_model*.bin")):
         try:
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         except Exception:  # an older torch, or a file in torch's older form
-            break
-        tensors.update({name: (w.dtype, w.numel()) for name, w in content.items() if w.is_floating_point()})
-    numbers: dict = {}
-    for dtype, count in tensors.values():
-        numbers[dtype] = numbers.get(dtype, 0) + count
-    return {name: dtype for name, (dtype, _) in tensors.items()}, numbers
+            return {}
+        types.update({name: weight.dtype for name, weight in content.items() if weight.is_floating_point()})
+    return types

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.tokenization import TOKENIZER_FILES, load_tokenizer
+from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model, save_model
-from model.stored import complete_config, save_tokenizer
+from model.result import TOKENIZER_FILES, complete_config, save_tokenizer
 from model.tiny import write_tiny
 
 CPU = torch.device("cpu")

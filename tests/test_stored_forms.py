@@ -59,7 +59,7 @@ def test_a_base_in_fp8_is_trained_and_saved_as_its_16_bit_twin(ready, warm):
     for kind in ("fp8", "twin"):
         words = ["--model-name-or-path", f"./{kind}", "--save-dir", f"./{kind}-trained", "--eval-rows", "4"]
         done = warm(TRAIN, *words, cwd=ready)
-        assert ("stored in fp8" in done.stdout) == (kind == "fp8")
+        assert ("stored in 8 bit (fp8)" in done.stdout) == (kind == "fp8")
     same_tensors(ready / "fp8-trained", ready / "twin-trained")
     assert "quantization_config" not in json.loads((ready / "fp8-trained" / "config.json").read_text())
     # the perplexity of what was saved is that of what was trained
