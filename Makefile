@@ -1,6 +1,7 @@
 # make demo: fine-tune a small real model on this machine.  make test: the tests of each change.  make test-slow: the rest.
 # They make .venv first, from the package registry alone. PYTHON=python3.12 make demo takes another Python.
-# make test-stack STACK=torch1.13 (or torch2.1): the one-process tests with an older set, in .venv-torch1.13.
+# make test-stack STACK=torch1.13 (or torch2.1): the one-process tests with an older set, in .venv-torch1.13, which also
+# opens what the newest set saves.
 
 PYTHON ?= python3
 PY = .venv/bin/python
@@ -33,7 +34,9 @@ test-slow: .venv/test
 # the interpreter of the set, pyenv's where the name alone is none
 STACK ?= torch2.1
 STACK_PYTHON = $(if $(filter torch1.13,$(STACK)),python3.8,python3.10)
-test-stack: .venv-$(STACK)/made
+test-stack: .venv-$(STACK)/made .venv/test
+	$(PY) tests/opened_by_older.py write .venv-$(STACK)/results
+	.venv-$(STACK)/bin/python tests/opened_by_older.py read .venv-$(STACK)/results
 	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_pages.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
 
 .venv-%/made: $(wildcard requirements/*.txt)

@@ -43,6 +43,31 @@ def missing_package(module: str) -> str:
     return f"{module.split('.')[0]} is not installed: pip install -r {brought_by(module)}"
 
 
+def require_package(package: str, least: tuple, what: str) -> None:
+    """UserError unless `package` of version `least` or newer is there and can be imported."""
+    import logging
+    from importlib import import_module
+    from importlib.metadata import PackageNotFoundError, version
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import, peft's too, it offers a package
+    problem = None
+    try:
+        have = version(package)
+        if tuple(map(int, have.split(".")[:2])) < least:
+            problem = f"{have} is installed"
+        else:
+            import_module(package)
+    except PackageNotFoundError:
+        problem = "it is not installed"
+    except Exception as error:  # made for another torch, it fails in ways of its own
+        problem = f"{have} does not work with torch {version('torch')} ({type(error).__name__})"
+    if problem:
+        number = ".".join(map(str, least))
+        raise UserError(
+            f"{what} needs {package} {number} or newer, and {problem}: pip install -r {brought_by(package)}"
+        )
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory, or the main memory, had no room: torch says so in several ways."""
     words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")

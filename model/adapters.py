@@ -1,4 +1,4 @@
-"""LoRA adapters, and frozen bases in 4 or 8 bit: peft and bitsandbytes, asked for only where a reader asks for them.
+"""LoRA adapters: peft, asked for only where a reader asks for them.
 
 LoRA (https://arxiv.org/abs/2106.09685): a layer's weights W stay as they are, and alpha / r * B A is added to them. A
 [r, in] and B [out, r] are trained; B starts at zero, so that the training starts from the base itself. Nothing of the
@@ -8,60 +8,25 @@ base needs a gradient or an optimizer state, so it may be held in 4 bit (QLoRA, 
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
-import torch
 from torch import nn
 
-from common import UserError, brought_by
+from common import UserError, require_package
 from common.model_directory import ADAPTER, adapter_facts
+from model.quantization import bits_of
 
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
-LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
-LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)
-
-
-def quantization(bits: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """The options with which transformers loads a model in `bits` (4: NF4 and double quantization; 8: LLM.int8).
-
-    A weight is turned back into `dtype` for each product. UserError without a bitsandbytes that can do it.
-    """
-    require_bitsandbytes(f"--load-in-{bits}bit", device)
-    from transformers import BitsAndBytesConfig
-
-    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = BitsAndBytesConfig(**{"load_in_8bit": True} if bits == 8 else {**four, "bnb_4bit_compute_dtype": dtype})
-    return {"quantization_config": config, "device_map": device}
-
-
-def require_bitsandbytes(what: str, device: torch.device) -> None:
-    """UserError, which begins with `what`, without a bitsandbytes that works on `device`."""
-    _require("bitsandbytes", LEAST_BITSANDBYTES.get(device.type, LEAST_BITSANDBYTES_ELSEWHERE), what)
-
-
-def keep_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes (seen in 0.50) from packing 4-bit weights for a faster forward pass in evaluation on a CPU.
-
-    Packed weights stay packed, and their products have no gradient: after a held-out loss the training would go on
-    without what flows back through the base, and without an error.
-    """
-    for layer in model.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
-
-
-def tell_what_is_not_in_bits(model: nn.Module, bits: int) -> None:
-    """Print the share of a quantized model's weights that bitsandbytes left as they were: it takes linear layers alone,
-    and the experts of MoE are none."""
-    from model.targets import share_in_bits
-
-    rest = 1 - share_in_bits(model)
-    if rest > 0.01:
-        print(f"{rest:.0%} of the weights between embeddings and output layer are not in {bits} bit: no linear layers")
+KEYS_OF_PEFT_0_13 = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "r",
+    "target_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
+    "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_config",
+    "megatron_core", "loftq_config", "use_dora", "layer_replication",
+)  # fmt: skip
 
 
 def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, target_modules: List[str]) -> nn.Module:
@@ -70,7 +35,7 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
     `target_modules`: names of layers, or ["all-linear"]. What model.targets has to say of them is printed, and so is
     the share of the weights that gets no adapter. UserError where the model has no such layers, or peft none for them.
     """
-    _require("peft", LEAST_PEFT, "--use-lora")
+    require_package("peft", LEAST_PEFT, "--use-lora")
     from peft import LoraConfig, get_peft_model
 
     from model.targets import adapted, choose_targets, matrices
@@ -119,21 +84,34 @@ def save_adapter(model: nn.Module, directory: Path, template: str) -> None:
     config.inference_mode = True  # whoever loads it may ask at once
     config.save_pretrained(directory)
     config.inference_mode = False
+    _without_new_keys(directory / "adapter_config.json", config)
     weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     facts = {
         "format": "pt",
         "base": config.base_model_name_or_path,
         "base_fingerprint": _fingerprint(config.base_model_name_or_path),
-        "base_bits": str(_bits(model)),
+        "base_bits": str(bits_of(model)),
         "template": template,
     }
     weights = {name: weight.cpu().contiguous() for name, weight in weights.items()}
     save_file(weights, directory / ADAPTER, metadata=facts)
 
 
+def _without_new_keys(path: Path, config) -> None:
+    """Leave out what peft 0.13 does not know, where it is as if it were not there: it refuses unknown keys."""
+    default = type(config)()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = {
+        key: sorted(value) if isinstance(value, list) else value
+        for key, value in content.items()
+        if key in KEYS_OF_PEFT_0_13 or (hasattr(default, key) and value != getattr(default, key))
+    }
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True), encoding="utf-8")
+
+
 def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
     """`model` with the adapter of `adapter_dir` on it, to be asked or merged. UserError where it is of another base."""
-    _require("peft", LEAST_PEFT, "an adapter")
+    require_package("peft", LEAST_PEFT, "an adapter")
     from peft import PeftModel
 
     base = model.name_or_path
@@ -161,12 +139,6 @@ def _without_warnings():
         yield
 
 
-def _bits(model: nn.Module) -> int:
-    if getattr(model, "is_loaded_in_8bit", False):
-        return 8
-    return 4 if getattr(model, "is_loaded_in_4bit", False) else 0
-
-
 def _fingerprint(model_dir: str) -> str:
     """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
     digest = hashlib.sha256()
@@ -178,27 +150,3 @@ def _fingerprint(model_dir: str) -> str:
                 file.seek(place)
                 digest.update(file.read(64))
     return digest.hexdigest()[:16] if files else ""
-
-
-def _require(package: str, least: tuple, what: str) -> None:
-    """UserError unless `package` of version `least` or newer is there and can be imported."""
-    from importlib import import_module
-    from importlib.metadata import PackageNotFoundError, version
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import, peft's too, it offers a package
-    problem: Optional[str] = None
-    try:
-        have = version(package)
-        if tuple(map(int, have.split(".")[:2])) < least:
-            problem = f"{have} is installed"
-        else:
-            import_module(package)
-    except PackageNotFoundError:
-        problem = "it is not installed"
-    except Exception as error:  # made for another torch, it fails in ways of its own
-        problem = f"{have} does not work with torch {torch.__version__} ({type(error).__name__})"
-    if problem:
-        number = ".".join(map(str, least))
-        raise UserError(
-            f"{what} needs {package} {number} or newer, and {problem}: pip install -r {brought_by(package)}"
-        )

@@ -19,16 +19,9 @@ from common import UserError, cause_of, is_out_of_memory
 from common.accelerator import room_for
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
-from model.adapters import (
-    add_lora,
-    keep_trainable,
-    load_adapter,
-    quantization,
-    require_bitsandbytes,
-    save_adapter,
-    tell_what_is_not_in_bits,
-)
+from model.adapters import add_lora, load_adapter, save_adapter
 from model.loss import CausalLMLoss, require_causal
+from model.quantization import keep_trainable, quantization, require_bitsandbytes, tell_what_is_not_in_bits
 from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
 from model.stored import Stored, bits_to_use, bytes_of, forget_quantization, how_stored, move
 
