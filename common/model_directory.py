@@ -64,11 +64,11 @@ def base_of(model_dir: str) -> str:
     if not config.is_file():
         return model_dir
     try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+        base = json.loads(config.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, TypeError, KeyError):
         base = None
     if not (base and isinstance(base, str)):
-        raise UserError(f"{config} is damaged: train the adapter again")
+        raise UserError(f"{config} is damaged, or not UTF-8 without a byte order mark: save it so, or train again")
     return base
 
 
@@ -96,7 +96,8 @@ def positions(model_dir: str) -> Optional[int]:
     """Tokens that the model can see at once; None where its config does not say."""
     from transformers import AutoConfig
 
-    return getattr(AutoConfig.from_pretrained(base_of(model_dir)), "max_position_embeddings", None)
+    config = AutoConfig.from_pretrained(base_of(model_dir), trust_remote_code=False)
+    return getattr(config, "max_position_embeddings", None)
 
 
 def stored_tensors(model_dir: str) -> Dict[str, dict]:
