@@ -25,9 +25,11 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
 
     require_directory(model_dir, hint)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False)
         most = positions(model_dir)
     except Exception as error:  # a file of another version fails as a bare Exception
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{model_dir} needs code of its own, which is never run here. Choose another.") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
