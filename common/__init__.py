@@ -95,13 +95,13 @@ def _stop(number, _):
 def _flush():
     """What is still in a buffer meets a closed pipe, or a full disk, only now; Python would say it in its own words."""
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in filter(None, (sys.stderr, sys.stdout)):
             stream.flush()
     except BrokenPipeError:
         os._exit(CLOSED_PIPE)
     except OSError as error:
         if not hasattr(sys, "last_value"):  # else it has been told
-            print(f"error: can't write the output: {error.strerror}. Choose another place for it.", file=sys.stderr)
+            os.write(2, f"error: can't write the output: {error.strerror}. Choose another place for it.\n".encode())
         os._exit(2)
 
 

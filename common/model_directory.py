@@ -68,7 +68,7 @@ def base_of(model_dir: str) -> str:
     except (ValueError, TypeError, KeyError):
         base = None
     if not (base and isinstance(base, str)):
-        raise UserError(f"{config} is damaged, or not UTF-8 without a byte order mark: save it so, or train again")
+        raise UserError(f"{config} is damaged: train the adapter again, or save it as UTF-8 without a byte order mark")
     return base
 
 
