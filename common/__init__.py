@@ -1,25 +1,32 @@
 """What every script shares, and nothing that knows a model's inside.
 
-Importing this package makes a reader's mistake, or Ctrl-C, end a script with one line instead of a traceback. It is
-done here, and not around each `main()`, because importing torch and transformers takes seconds in which people press
-Ctrl-C as well.
+Importing this package makes a reader's mistake, Ctrl-C or SIGTERM end a script with one line instead of a traceback, a
+closed pipe (`| head`) with none, and a terminal that lacks a letter show "?". It is done here, and not around each
+`main()`, because importing torch and transformers takes seconds in which people press Ctrl-C as well.
 """
 
 from __future__ import annotations
 
+import atexit
 import errno
+import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
-from typing import List
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 # options of the running script that save memory and are not taken yet: common.arguments writes them down
-less_memory: List[str] = []
+less_memory: list = []
 
 
 class UserError(Exception):
     """A mistake that the reader can mend. The message is one line: what is wrong, why, what to do next."""
+
+
+INTERRUPTED = "\nInterrupted: nothing more is written. Run the same command to start again."
+CLOSED_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ends
 
 
 def brought_by(module: str) -> str:
@@ -95,13 +102,15 @@ def cause_of(error: Exception) -> str:
 
 
 def _one_line(kind, error, traceback):
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt, SystemExit)):
+        error = error.__context__  # torch.save, once stopped, fails in words of its own
     if is_out_of_memory(error):
         options = ", ".join(less_memory)
         helps = f"These options need less: {options}." if options else "Close other programs, or take a larger machine."
         error = UserError(f"the memory is full ({' '.join(str(error).split())[:120]}). {helps}")
-    elif issubclass(kind, ModuleNotFoundError) and error.name and brought_by(error.name):
+    elif isinstance(error, ModuleNotFoundError) and error.name and brought_by(error.name):
         error = UserError(missing_package(error.name))
-    elif issubclass(kind, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
         error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
     elif issubclass(kind, RuntimeError) and "without overflow" in str(error):
         # where AdamW isn't fused (on a CPU before torch 2.4) it refuses such a step, and makes no inf of it
@@ -109,10 +118,47 @@ def _one_line(kind, error, traceback):
     if isinstance(error, UserError):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    elif issubclass(kind, KeyboardInterrupt):  # Python itself then ends with the exit status of Ctrl-C (130)
-        print("\nInterrupted: nothing more is written. Run the same command to start again.", file=sys.stderr)
+    elif isinstance(error, BrokenPipeError):
+        sys.exit(CLOSED_PIPE)
+    elif isinstance(error, SystemExit):
+        sys.exit(error.code)
+    elif isinstance(error, KeyboardInterrupt):
+        print(INTERRUPTED, file=sys.stderr)
+        if kind is not KeyboardInterrupt:  # else Python itself ends as Ctrl-C ends a program
+            sys.exit(130)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
+def _stop(number, _):
+    """Leave by an exception, so that the clean-up runs, and nothing else: `timeout` sends SIGTERM twice."""
+    for other in STOPPING:
+        signal.signal(other, signal.SIG_IGN)
+    atexit.register(print, INTERRUPTED, file=sys.stderr)  # not here, where a line may be half-written
+    sys.exit(128 + number)
+
+
+@atexit.register
+def _flush():
+    """What is still in a buffer meets a closed pipe, or a full disk, only now; Python would say it in its own words."""
+    try:
+        for stream in filter(None, (sys.stderr, sys.stdout)):
+            stream.flush()
+    except BrokenPipeError:
+        os._exit(CLOSED_PIPE)
+    except OSError as error:
+        if not hasattr(sys, "last_value"):  # else it has been told
+            os.write(2, f"error: can't write the output: {error.strerror}. Choose another place for it.\n".encode())
+        os._exit(2)
+
+
 sys.excepthook = _one_line
+# Line by line, so that a closed pipe is met by our own prints, and not by whatever library flushes next, which takes it
+# for an error of its own. sys.stderr never fails: it writes \\ud55c for what its terminal lacks.
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+STOPPING = [number for number in STOPPING if signal.getsignal(number) == signal.SIG_DFL]  # nohup ignores SIGHUP
+if threading.current_thread() is threading.main_thread():  # only there can they be set
+    for number in STOPPING:
+        signal.signal(number, _stop)

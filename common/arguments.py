@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=_HelpFormatter)
+        for word in filter(re.compile("[\ud800-\udfff]").search, sys.argv[1:]):  # bytes in another encoding
+            self.error(f"{word!r} is not UTF-8 text: set the terminal to UTF-8, or rename the file")
 
     def set_defaults(self, **defaults):
         unknown = set(defaults) - {action.dest for action in self._actions}
@@ -123,8 +126,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add = training.add_argument
     # where a tutorial's length is a number of steps, --epochs alone must still be able to change it
     add("--epochs", type=COUNT, help=f"times to go through the data (default: {epochs})")
-    how_many = steps or "by the epochs"
-    add("--max-train-steps", type=COUNT, help=f"optimizer steps, in place of epochs (default: {how_many})")
+    add("--max-train-steps", type=COUNT, help=f"steps, in place of epochs (default: {steps or 'by the epochs'})")
     add("--batch-size", type=COUNT, help="rows of an optimizer step")
     # matrices that start at zero need far larger steps than weights that are nearly right
     add("--lr", type=NUMBER, help=f"learning rate (default: {lr}, with --use-lora {lora_lr})")
@@ -139,9 +141,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add = memory.add_argument
     tokens = "tokens on the device at once, less needs less memory; 0: 4096, on a CPU 1024"
     add("--micro-batch-tokens", type=COUNT_OR_NONE, default=0, help=tokens)
-    add_switch(
-        memory, "gradient-checkpointing", False, "compute activations again in the backward pass: less memory, slower"
-    )
+    add_switch(memory, "gradient-checkpointing", False, "compute activations twice: less memory, slower")
     add_switch(memory, "use-lora", False, "train small matrices beside frozen weights, and save only those")
     add("--lora-r", type=COUNT, default=16, help="rank of these matrices")
     add("--lora-alpha", type=NUMBER, default=16, help="their product is multiplied by alpha / r")
@@ -151,15 +151,9 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     by_default = " (the default here)" if defaults.get("bits") == 4 else ""
     add_bits(memory, f"hold the frozen weights in 4 bit, with --use-lora{by_default}")
 
-    logging = parser.add_argument_group("logging")
-    add = logging.add_argument
+    add = parser.add_argument_group("logging").add_argument
     add("--log-interval", type=COUNT, help="steps from one log line to the next")
-    add(
-        "--eval-step",
-        type=COUNT_OR_NONE,
-        default=0,
-        help="steps from one held-out loss to the next; 0: before and after only",
-    )
+    add("--eval-step", type=COUNT_OR_NONE, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
 
     parser.set_defaults(**{"bits": 0, **defaults})
@@ -204,10 +198,12 @@ def inference_arguments(description: str, model_name_or_path: str) -> argparse.N
         parser.error("--prompt is empty: give it a text, or leave it out for the script's own sample")
     if args.prompt_file:
         try:
-            with open(args.prompt_file, encoding="utf-8") as file:
+            with open(args.prompt_file, encoding="utf-8-sig") as file:
                 args.prompt = file.read().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            parser.error(f"--prompt-file {args.prompt_file} can't be read as UTF-8 text: {error}")
+            if "\0" in args.prompt:
+                raise ValueError("it holds zero bytes, as UTF-16 does")
+        except (OSError, ValueError) as error:
+            parser.error(f"--prompt-file {args.prompt_file} can't be read, save it as UTF-8 text: {error}")
         if not args.prompt:
             parser.error(f"--prompt-file {args.prompt_file} is empty: give a file with a text")
     less_memory.extend(["--load-in-4bit"] * (args.bits != 4) + ["--max-new-tokens"])

@@ -12,13 +12,12 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common import UserError
+from common import STOPPING, UserError
 from common.files import require_place, require_room
 from common.model_directory import check_weights
 
@@ -76,13 +75,13 @@ def download_model(repo_id, save_dir, token=None):
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # else it is the reader's own wish
         enable_progress_bars()
 
-    def stop(*_):
+    def stop(number, _):  # the library would first let all running transfers end, many GB
         _bytes_of_partial_files(target, age=0)
         _remove_if_empty(target, new_dirs)
-        print("\nInterrupted: files that are complete are kept. Run the same command to go on.", file=sys.stderr)
-        os._exit(130)
+        os.write(2, b"\nInterrupted: files that are complete are kept. Run the same command to go on.\n")
+        os._exit(128 + number)
 
-    default = signal.signal(signal.SIGINT, stop)  # the library would first let all running transfers end, many GB
+    others = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, *STOPPING)]
     try:
         with _one_line_errors(repo_id, save_dir, token):
             for name in missing:  # the library may take a file that was cut short but kept its date for the whole one
@@ -90,11 +89,12 @@ def download_model(repo_id, save_dir, token=None):
             wanted = [glob.escape(name) for name in names]
             snapshot_download(repo_id, revision=info.sha, local_dir=target, token=token, allow_patterns=wanted)
     finally:
-        signal.signal(signal.SIGINT, default)
+        for number, other in others:
+            signal.signal(number, other)
         _remove_if_empty(target, new_dirs)
-    for name in missing:  # where the hub goes away in between, the library takes a directory as it is for the whole
-        if not _complete(target / name, on_hub[name]):
-            raise UserError(f"{target / name} has not come in full: {AGAIN}")
+    # where the hub goes away in between, the library takes a directory as it is for the whole
+    if missing := [name for name in missing if not _complete(target / name, on_hub[name])]:
+        raise UserError(f"{target / missing[0]} has not come in full: {AGAIN}")
     check_weights(save_dir, hint="run the same command again")
     print(f"Model saved in {save_dir}", flush=True)
 

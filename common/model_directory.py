@@ -64,11 +64,11 @@ def base_of(model_dir: str) -> str:
     if not config.is_file():
         return model_dir
     try:
-        base = json.loads(config.read_bytes())["base_model_name_or_path"]
+        base = json.loads(config.read_text("utf-8"))["base_model_name_or_path"]
     except (ValueError, TypeError, KeyError):
         base = None
     if not (base and isinstance(base, str)):
-        raise UserError(f"{config} is damaged: train the adapter again")
+        raise UserError(f"{config} is damaged: train the adapter again, or save it as UTF-8 without a byte order mark")
     return base
 
 

@@ -143,7 +143,7 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
         revision = None
     try:
-        loaded = datasets.load_dataset(name, CONFIGS.get(name), revision=revision)
+        loaded = datasets.load_dataset(name, CONFIGS.get(name), revision=revision, trust_remote_code=False)
     except Exception as error:  # of many types in each version of datasets, huggingface_hub and their HTTP library
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(

@@ -196,7 +196,7 @@ def _save_model(settings, folder, seed):
     # because the random numbers are drawn in fp32, which every torch can
     _save_json({key: value for key, value in settings.items() if key != "torch_dtype"}, folder / "config.json")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:  # the rope_scaling of Llama 3.1 in transformers 4.42 or older
         raise UserError(
             f"transformers {transformers.__version__} is too old for this model, the real one included: "
@@ -204,7 +204,7 @@ def _save_model(settings, folder, seed):
         ) from error
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(getattr(torch, settings["torch_dtype"])).save_pretrained(folder)
     # these two again in our words, so that no library version stands in them
     _save_json(settings, folder / "config.json")

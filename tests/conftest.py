@@ -15,11 +15,15 @@ from pathlib import Path
 
 import pytest
 
+from common import STOPPING
 from tests.hub_server import HubServer
 
 # a shell that runs the tests in the background ignores Ctrl-C for them, and they would hand that on to the scripts
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# the tests import `common` as well, whose answer to these is made for a script: pytest would take it for a failed test
+for stop in STOPPING:
+    signal.signal(stop, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tutorial", "dataset", "common", "model", "requirements")
@@ -102,8 +106,22 @@ while True:
 
 __import__("gc").freeze()  # else a collection in the child looks through all that the server has imported, 0.7 s
 job = json.loads(line)
-for number, path in enumerate((os.devnull, job["out"], job["err"])):
-    os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+
+
+
+def opened(path, flags):
+    if path:
+        return os.open(path, flags)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    return write_end
+
+
+for number, path in enumerate((job["in"], job["out"], job["err"])):
+    os.dup2(opened(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+if "PYTHONIOENCODING" in job["env"]:  # which Python reads at its start
+    sys.stdout.reconfigure(encoding=job["env"]["PYTHONIOENCODING"])
+    sys.stderr.reconfigure(encoding=job["env"]["PYTHONIOENCODING"])
 os.chdir(job["cwd"])
 os.environ.update(job["env"])
 sys.argv = job["argv"]
@@ -121,8 +139,8 @@ try:
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
-    except Exception:
-        status = 1
+    except Exception as error:
+        status, sys.last_value = 1, error
         sys.excepthook(*sys.exc_info())
 except SystemExit as end:
     status = exit_status(end.code)
@@ -159,14 +177,20 @@ class Warm:
             pytest.fail(f"no end after {TIMEOUT} s")
         return self.process.stdout.readline().strip()
 
-    def __call__(self, command, *words, cwd, env=None, ok=True):
-        out, err = self.folder / "out", self.folder / "err"
+    def __call__(self, command, *words, cwd, env=None, ok=True, typed="", into=None):
+        """As `run`. typed: what its standard input has; into: a file for its standard output, "" for a
+        pipe that nobody reads."""
+        typed_in, out, err = (self.folder / name for name in ("in", "out", "err"))
+        typed_in.write_text(typed, encoding="utf-8")
         argv = words_of(command, words)
-        job = {"argv": argv, "cwd": str(cwd), "env": env or {}, "out": str(out), "err": str(err)}
+        job = {"argv": argv, "cwd": str(cwd), "env": env or {}, "in": str(typed_in), "err": str(err)}
+        job["out"] = str(out) if into is None else into
+        out.write_text("")
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         status = int(self.answer())
-        texts = [path.read_text(encoding="utf-8") for path in (out, err)]
+        encoding = (env or {}).get("PYTHONIOENCODING", "utf-8")
+        texts = [path.read_text(encoding=encoding) for path in (out, err)]
         return checked(subprocess.CompletedProcess(argv, status, *texts), ok)
 
     def close(self):

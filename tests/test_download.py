@@ -333,8 +333,11 @@ def test_a_hub_that_goes_away_in_between(download, tmp_path):
         assert "Model saved" not in run.stdout
 
 
-@pytest.mark.parametrize("first", ["config.json", "model.safetensors"])
-def test_ctrl_c_stops_at_once(download, tmp_path, first):
+@pytest.mark.parametrize(
+    "first, number",
+    [("config.json", signal.SIGINT), ("model.safetensors", signal.SIGINT), ("model.safetensors", signal.SIGTERM)],
+)
+def test_ctrl_c_or_sigterm_stops_at_once(download, tmp_path, first, number):
     """The library alone would go on until every running transfer is through."""
     with HubServer({REPO: {"config.json": b"{}" * 99, "model.safetensors": safetensors(a=25_000_000)}}) as hub:
         hub.stalls = {"config.json", "model.safetensors"} - {first}
@@ -344,9 +347,9 @@ def test_ctrl_c_stops_at_once(download, tmp_path, first):
             not (hub.stalled.is_set() and (tmp_path / "new" / "dir" / first).exists()) and time.monotonic() < deadline
         ):
             time.sleep(0.05)
-        run.send_signal(signal.SIGINT)
+        run.send_signal(number)
         out, err = run.communicate(timeout=10)
-        assert run.returncode == 130 and "Traceback" not in err
+        assert run.returncode == 128 + number and "Traceback" not in err
         assert err.splitlines()[-1].startswith("Interrupted: files that are complete are kept")
         assert files_in(tmp_path / "new" / "dir") == {first}
 

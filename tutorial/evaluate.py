@@ -110,11 +110,6 @@ def main():
 
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     measures = measures_of(score, texts, references, before, after)
-    print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
-    print_table(measures)
-    if score:
-        print(" ".join(score.__doc__.split()))  # what the measures are
-
     report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": accelerator.name}
     report["measures"] = {name.replace("\n", " "): values for name, values in measures.items()}
     report["answers"] = [
@@ -124,6 +119,11 @@ def main():
     with written_whole(Path(args.save_dir) / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     draw_before_and_after(measures, digits, Path(args.save_dir) / "evaluation.png")
+    # saved before it is printed: `| head` may have closed the output
+    print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
+    print_table(measures)
+    if score:
+        print(" ".join(score.__doc__.split()))  # what the measures are
     print(f"Saved in {args.save_dir}: evaluation.json, evaluation.png")
 
 
