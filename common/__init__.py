@@ -67,7 +67,9 @@ def require_package(package: str, least: tuple, what: str) -> None:
     except PackageNotFoundError:
         problem = "it is not installed"
     except Exception as error:  # made for another torch, it fails in ways of its own
-        problem = f"{have} does not work with torch {version('torch')} ({type(error).__name__})"
+        import torch
+
+        problem = f"{have} does not work with torch {torch.__version__} ({type(error).__name__})"
     if problem:
         number = ".".join(map(str, least))
         raise UserError(

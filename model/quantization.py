@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from common import require_package
-from model.targets import share_in_bits
 
 LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
 LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)
@@ -44,6 +43,8 @@ def keep_trainable(model: nn.Module) -> None:
 def tell_what_is_not_in_bits(model: nn.Module, bits: int) -> None:
     """Print the share of a quantized model's weights that bitsandbytes left as they were: it takes linear layers alone,
     and the experts of MoE are none."""
+    from model.targets import share_in_bits
+
     rest = 1 - share_in_bits(model)
     if rest > 0.01:
         print(f"{rest:.0%} of the weights between embeddings and output layer are not in {bits} bit: no linear layers")
