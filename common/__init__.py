@@ -96,8 +96,8 @@ def cause_of(error: Exception) -> str:
         return "it needs code of its own, which is never run here. Take a model that transformers knows."
     if "Unrecognized configuration class" in text:
         return "it is no causal language model. Take one (Llama, Mistral, GPT)."
-    if "not recognize this architecture" in text or "Unrecognized model" in text:
-        return f"the transformers that is installed does not know it ({short}). pip install -U transformers"
+    if "not recognize this architecture" in text or "quantization" in text:
+        return f"the transformers that is installed can't ({short}). A newer one may: pip install -U transformers"
     if "mismatch" in text:
         return f"config.json and weights are of different models ({short}). Download both again."
     return ""

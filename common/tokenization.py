@@ -30,8 +30,11 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     except UserError:
         raise
     except Exception as error:  # a file of another version fails as a bare Exception
-        if cause_of(error):
-            raise UserError(f"{model_dir} can't be used: {cause_of(error)}") from None
+        cause = (
+            "" if isinstance(error, ImportError) else cause_of(error)
+        )  # slow forms need packages that none needs here
+        if cause:
+            raise UserError(f"{model_dir} can't be used: {cause}") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:

@@ -145,7 +145,8 @@ def _from_files(base: str, stored: Stored, device: torch.device, dtype: Optional
 def _mismatch(model: nn.Module, strange: Iterable[str], lacking: Iterable[str]) -> str:
     """What is wrong with the names of the weights in the files, and what helps."""
     for prefix, maker, inside in (("_orig_mod.", "torch.compile", "_orig_mod"), ("module.", "DataParallel", "module")):
-        if strange and all(name.startswith(prefix) for name in strange):
+        # transformers 4 puts the model's own name before it
+        if strange and all(name.startswith((prefix, f"model.{prefix}")) for name in strange):
             return (
                 f"have names that begin with {prefix}: they were saved from within {maker}. Save model.{inside} in "
                 "place of model, or take the prefix away."

@@ -138,7 +138,7 @@ def _can_have(model: nn.Module, name: str, layer: nn.Module) -> bool:
         return False
     parent, _, own = name.rpartition(".")
     code = getsource(type(model.get_submodule(parent)))
-    if re.search(rf"\bself\.{own}\.weight\b(?!\[|\.(data|dtype|device|shape)\b)", code):
+    if re.search(rf"\bself\.{own}\.weight\b(?!\[|\.(data|dtype|device|shape|split)\b)", code):
         return False
     try:  # peft 0.18 or newer
         from peft import LoraConfig

@@ -24,6 +24,10 @@ def quantizes() -> bool:
         return False
 
 
+# of torch 2.2 or newer
+needs_float16 = pytest.mark.skipif(
+    not hasattr(torch.utils, "deterministic"), reason="this torch multiplies no float16 on a CPU"
+)
 needs_bitsandbytes = pytest.mark.skipif(not quantizes(), reason="needs a bitsandbytes that quantizes on a CPU")
 
 # ------------------------------------------------------------------------------------------------ a reader's mistakes

@@ -31,7 +31,7 @@ from model.loading import load_model, load_to_train, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.conftest import ROOT
-from tests.helpers import needs_bitsandbytes, quantizes
+from tests.helpers import needs_bitsandbytes, needs_float16, quantizes
 from tests.test_loss import a_split
 from tests.test_training import CPU, options
 
@@ -146,7 +146,9 @@ def test_only_the_adapters_weights_change_and_the_base_stays_bit_for_bit(bits, k
     assert len(changed) == len(adapter) and not [name for name in adapter if torch.equal(adapter[name], changed[name])]
 
 
-@pytest.mark.parametrize("accelerator", [CPU, BF16, FP16], ids=lambda a: str(a.dtype)[6:])
+@pytest.mark.parametrize(
+    "accelerator", [CPU, BF16, pytest.param(FP16, marks=needs_float16)], ids=lambda a: str(a.dtype)[6:]
+)
 @pytest.mark.parametrize("bits", [WHOLE, FOUR, EIGHT])
 def test_an_adapters_weights_are_float32_on_a_base_in_any_type(bits, accelerator, directory, tmp_path):
     model = adapted(lora(directory("llama3"), tmp_path, bits=bits), accelerator)

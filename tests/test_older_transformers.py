@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from common.tokenization import load_tokenizer
 from model.adapters import add_lora
@@ -18,7 +19,9 @@ from model.result import TOKENIZER_FILES, complete_config, save_tokenizer
 from model.tiny import write_tiny
 
 CPU = torch.device("cpu")
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 43)  # has no Llama 3.1
 KINDS = ["llama2", "llama3", "llama3_1", "mistral", "gpt", "smollm2"]
+KINDS = [kind for kind in KINDS if not (OLD and kind == "llama3_1")]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +75,7 @@ def test_a_result_of_a_result_keeps_them(kind, bases, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     new = tmp_path / "as transformers saves it"
-    AutoModelForCausalLM.from_pretrained(bases / kind).save_pretrained(new)
+    AutoModelForCausalLM.from_pretrained(bases / kind, torch_dtype="auto").save_pretrained(new)
     AutoTokenizer.from_pretrained(bases / kind).save_pretrained(new)
     base, result = read(bases / kind / "config.json"), read(saved(new, tmp_path / "r", "full") / "config.json")
     for key in ("rope_theta", "torch_dtype"):
@@ -125,8 +128,6 @@ def test_a_tokenizer_to_which_something_was_added_is_saved_as_it_is_now(bases, t
     tokenizer.add_tokens(["velmora"])
     (tmp_path / "new").mkdir()
     save_tokenizer(tokenizer, tmp_path / "new")
-    import transformers
-
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")
     assert again("velmora", add_special_tokens=False)["input_ids"] == [len(tokenizer) - 1]
     assert read(tmp_path / "new" / "tokenizer_config.json")["tokenizer_class"] != "TokenizersBackend"

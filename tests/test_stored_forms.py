@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,14 @@ from model.adapters import add_lora
 from model.loading import load_model, save_model
 from model.stored import how_stored
 from tests import stored_forms as forms
-from tests.helpers import INFERENCE, TRAIN, needs_bitsandbytes, records, tells
+from tests.helpers import INFERENCE, TRAIN, needs_bitsandbytes, needs_float16, records, tells
 
 CPU = torch.device("cpu")
 IDS = torch.arange(48).view(2, 24) + 300
 QUIET = ("--lr", "0")
-FP8 = pytest.mark.skipif(
-    not hasattr(transformers, "FineGrainedFP8Config"), reason="transformers before 4.49 has no FP8"
-)
+DEQUANTIZES = "dequantize" in signature(getattr(transformers, "FineGrainedFP8Config", object)).parameters
+FP8 = pytest.mark.skipif(not DEQUANTIZES, reason="transformers before 4.57 turns no FP8 back")
+FP16 = pytest.param(torch.float16, marks=needs_float16)
 MERGE = "python tutorial/merge_adapter.py --save-dir ./merged --model-name-or-path"
 EVALUATE = "python tutorial/evaluate.py --rows 4 --max-new-tokens 2 --dataset-name-or-path ./llama3_dataset.pt"
 
@@ -211,7 +212,7 @@ def test_float32_among_16_bit_comes_back_bit_for_bit(which, ready, warm):
     warm(INFERENCE, *base, cwd=ready)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP16, torch.float32, None])
 def test_a_frozen_base_keeps_float32_in_float32(dtype, ready):
     directory = forms.with_float32(ready / "llama3-8b", ready / "mixed", SOME_FLOAT32["norms"])
     stored = load_file(directory / "model.safetensors")
