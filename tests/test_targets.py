@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners import tuners_utils
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common import UserError
@@ -13,7 +14,7 @@ from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model
 from model.targets import adapted, matrices
-from tests.helpers import TRAIN, needs_bitsandbytes, tells
+from tests.helpers import INFERENCE, TRAIN, needs_bitsandbytes, tells
 
 SMALL = {
     "vocab_size": 2000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,3 +121,26 @@ def test_gradient_checkpointing_of_a_model_that_has_none(ready, warm):
     tokenizer.save_pretrained(ready / "jet")
     words = ["--gradient-checkpointing", "--model-name-or-path", "./jet"]
     tells(warm(TRAIN, *words, cwd=ready, ok=None), "--gradient-checkpointing", "jetmoe")
+
+
+@pytest.mark.skipif(not FUSED, reason="before transformers 5 experts are layers")
+@pytest.mark.parametrize("bits", ["--no-quantization", pytest.param("--load-in-4bit", marks=needs_bitsandbytes)])
+def test_an_adapter_on_experts_is_trained_asked_and_merged(bits, ready, warm, monkeypatch):
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    built("Mixtral", **{**MOE["Mixtral"], "vocab_size": len(tokenizer)}).to(torch.bfloat16).save_pretrained(
+        ready / "moe"
+    )
+    tokenizer.save_pretrained(ready / "moe")
+    words = ["--use-lora", bits, "--model-name-or-path", "./moe", "--save-dir", "./lora", "--lr", "1e-2"]
+    warm(TRAIN, *words, cwd=ready)
+    stored = load_file(ready / "lora" / "adapter_model.safetensors")
+    of_experts = {name: weight for name, weight in stored.items() if "experts" in name}
+    assert of_experts and all(weight.any() for weight in of_experts.values())  # B starts at zero
+    warm(INFERENCE, "--model-name-or-path", "./lora", cwd=ready)
+    warm("python tutorial/merge_adapter.py --model-name-or-path ./lora --save-dir ./merged", cwd=ready)
+    monkeypatch.chdir(ready)
+    ids = torch.arange(48).view(2, 24) + 300
+    model = load_model("./lora", torch.device("cpu"), torch.float32, bits=0).eval()
+    merged = AutoModelForCausalLM.from_pretrained("./merged", torch_dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=ids).logits, merged(input_ids=ids).logits, atol=5e-3)  # saved in bf16
