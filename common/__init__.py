@@ -67,9 +67,8 @@ def require_package(package: str, least: tuple, what: str) -> None:
     except PackageNotFoundError:
         problem = "it is not installed"
     except Exception as error:  # made for another torch, it fails in ways of its own
-        import torch
-
-        problem = f"{have} does not work with torch {torch.__version__} ({type(error).__name__})"
+        torch = sys.modules["torch"].__version__  # whoever asks for such a package has imported it
+        problem = f"{have} does not work with torch {torch} ({type(error).__name__})"
     if problem:
         number = ".".join(map(str, least))
         raise UserError(
