@@ -25,15 +25,16 @@ class MicroBatch(NamedTuple):
 class Batches:
     """The batches of a split (`dataset["train"]` of a dataset file), as the device wants them.
 
-    `lengths` and `label_counts`, int64 [rows]: the tokens of each row, and those that carry a loss. static_length: the
+    `lengths` and `label_counts`, int32 [rows]: the tokens of each row, and those that carry a loss. static_length: the
     length of all rows on a platform that compiles a graph for each shape, else 0.
     """
 
     def __init__(self, split: dict, batch_size: int, micro_batch_tokens: int, static_length=0, train_on_prompt=False):
         self.split, self.micro_batch_tokens, self.static_length = split, micro_batch_tokens, static_length
-        self.starts = torch.zeros_like(split["answer_starts"]) if train_on_prompt else split["answer_starts"]
-        self.lengths = split["offsets"][1:] - split["offsets"][:-1]
-        self.label_counts = self.lengths - self.starts.clamp(min=1)  # a row's first token is never predicted
+        self.train_on_prompt = train_on_prompt
+        self.lengths = split["lengths"]
+        # a row's first token is never predicted
+        self.label_counts = self.lengths - 1 if train_on_prompt else split["label_counts"]
         self.batch_size = min(batch_size, max(1, len(self.lengths)))  # of fewer rows a batch is all of them
         self.steps_an_epoch = len(self.lengths) // self.batch_size
         self._ordered, self._order = None, []  # by which (epoch, seed), and how
@@ -79,7 +80,8 @@ class Batches:
         labels = torch.full_like(input_ids, IGNORED)
         for place, row in enumerate(rows):
             begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
-            ids, start = self.split["input_ids"][begin:end].long(), int(self.starts[row])
+            ids = self.split["input_ids"][begin:end].long()
             input_ids[place, : len(ids)] = ids
-            labels[place, start : len(ids)] = ids[start:]
+            with_loss = self.train_on_prompt or self.split["loss_mask"][begin:end]
+            labels[place, : len(ids)] = torch.where(torch.as_tensor(with_loss), ids, IGNORED)
         return MicroBatch(input_ids, labels, None)

@@ -1,103 +1,113 @@
 """The dataset file: all rows as one flat tensor of token ids, written by `torch.save`, opened by a bare `torch.load`.
 
-    {"format": "finetuning-dataset", "version": 1, "meta": {...},
-     "train":      {"input_ids": int32 [tokens], "offsets": int64 [rows + 1], "answer_starts": int32 [rows]},
+    {"format": "finetuning-dataset", "version": 2, "sha256": "...", "meta": {...},
+     "train":      {"input_ids": int32 [tokens], "loss_mask": bool [tokens], "offsets": int64 [rows + 1],
+                    "lengths": int32 [rows], "label_counts": int32 [rows]},
      "validation": {... the same ...}}
 
-Row i is `input_ids[offsets[i]:offsets[i + 1]]`; its answer begins at `answer_starts[i]` within the row. There are only
-plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens without this
-repository, with `weights_only=True` as well.
+Row i is `input_ids[offsets[i]:offsets[i + 1]]`; `loss_mask` is true where its tokens carry a loss: one answer, or
+several. `lengths` and `label_counts` (tokens that carry a loss and are predicted: not a row's first) stand beside it,
+so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all.
+There are only plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens
+without this repository, with `weights_only=True` as well.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from array import array
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterable, List, Tuple
 
 from common import UserError
+from common.dataset_check import damage_of, digest_of, digest_of_meta, label_counts
 from common.files import written_whole
-from common.tokenization import encode_rows, fingerprint
+from common.tokenization import fingerprint
 
 FORMAT = "finetuning-dataset"
-VERSION = 1
+VERSION = 2
 COUNTS = ("rows", "tokens", "prompts cut", "answers cut", "dropped")
-ROWS_AT_ONCE = 1000  # memory stays bounded, and the tokenizer's threads have enough to do
 
 
 def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, tokenizer, args) -> None:
     """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`.
 
     `source` says in the file where the rows came from (dataset.sources.load_splits gives both). Memory stays bounded:
-    token ids go to a scratch file beside the target as they are made. UserError where "train" has no rows.
+    token ids go to scratch files beside the target as they are made. UserError where "train" has no rows.
     """
-    import torch
-    from transformers import __version__ as transformers_version
+    from common.preparation import Encoder, show_rows  # a training has no use for it
 
+    encoder = Encoder(template, tokenizer, args.block_size, args.columns)
+    if args.show:
+        show_rows(splits["train"], args.show, encoder)
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
         "dataset": source,
         "template": template.__name__,
         "block_size": args.block_size,
-        "torch": str(torch.__version__),
-        "transformers": transformers_version,
         "counts": {},
         "sha256": {},
     }
-    document = {"format": FORMAT, "version": VERSION, "meta": meta}
+    document = {"format": FORMAT, "version": VERSION, "sha256": "", "meta": meta}
     with written_whole(args.save_path) as new:
+        made = {}
         for name, rows in splits.items():
-            document[name], counts, digest = _flat(
-                rows, template, tokenizer, args.block_size, new.parent / f"{name}.ids"
-            )
+            made[name] = _write(name, rows, encoder, new.parent)
+            counts = made[name][1]
             if name == "train" and not counts["rows"]:
                 raise UserError(
                     f"The dataset {source} has no rows with an answer. Give another --dataset-name-or-path."
                 )
             meta["counts"][name] = {what: counts[what] for what in COUNTS}
-            meta["sha256"][name] = digest
             print(
                 f"{name}: {counts['rows']} rows, {counts['tokens']} tokens; {counts['prompts cut']} prompts cut, "
                 f"{counts['answers cut']} answers cut, {counts['dropped']} rows without an answer dropped"
             )
         print("Saving dataset into torch format...")
+        import torch  # here, because the processes that encode the rows have no use for it
+        from transformers import __version__ as transformers_version
+
+        meta.update(torch=str(torch.__version__), transformers=transformers_version)
+        for name, (lengths, _) in made.items():
+            document[name] = _split(lengths, new.parent / f"{name}.ids", new.parent / f"{name}.mask")
+            meta["sha256"][name] = {part: digest_of(tensor) for part, tensor in document[name].items()}
+        document["sha256"] = digest_of_meta(meta)
         with open(new, "wb") as file:  # a path would leave its name in the file
             torch.save(document, file)
     print(f"Dataset saved as {args.save_path}")
 
 
-def _flat(rows: Iterable[dict], template, tokenizer, block_size: int, scratch_file: Path):
-    """(the tensors of one split, counts of what was done to its rows, the SHA-256 of its token ids)"""
+def _write(name: str, rows: Iterable[dict], encoder, scratch: Path) -> Tuple[array, Counter]:
+    """Write a split's ids and marks into scratch files; (the tokens of each row, counts of what was done)."""
+    from common.preparation import encoded_chunks
+
+    lengths, counts = array("i"), Counter()
+    with open(scratch / f"{name}.ids", "wb") as ids, open(scratch / f"{name}.mask", "wb") as mask:
+        for chunk in encoded_chunks(name, rows, encoder):
+            ids.write(chunk.ids)
+            mask.write(chunk.mask)
+            lengths.frombytes(chunk.lengths)
+            counts.update(chunk.counts)
+    return lengths, counts
+
+
+def _split(lengths: array, ids_file: Path, mask_file: Path) -> dict:
+    """The tensors of a split. Mapped, not read: from the scratch files to the dataset file they are never in memory."""
     import torch
 
-    offsets, answer_starts, counts, digest = array("q", [0]), array("i"), Counter(), hashlib.sha256()
-    rows = iter(rows)
-    with open(scratch_file, "wb") as file:
-        while chunk := list(islice(rows, ROWS_AT_ONCE)):
-            encoded, counts_of_chunk = encode_rows(chunk, template, tokenizer, block_size)
-            counts.update(counts_of_chunk)
-            for ids, answer_start in encoded:
-                packed = array("i", ids).tobytes()
-                file.write(packed)
-                digest.update(packed)
-                offsets.append(offsets[-1] + len(ids))
-                answer_starts.append(answer_start)
-    if len(answer_starts) == 0:
-        input_ids = torch.zeros(0, dtype=torch.int32)
-    else:  # mapped, not read: the ids go from the scratch file to the dataset file without being in memory at once
-        input_ids = torch.from_file(str(scratch_file), shared=False, size=offsets[-1], dtype=torch.int32)
-    split = {
-        "input_ids": input_ids,
-        "offsets": torch.tensor(offsets, dtype=torch.int64),
-        "answer_starts": torch.tensor(answer_starts, dtype=torch.int32),
-    }
-    return split, counts, digest.hexdigest()
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    input_ids, mask = torch.zeros(0, dtype=torch.int32), torch.zeros(0, dtype=torch.bool)
+    if len(lengths):  # a file of no bytes can't be mapped
+        size = int(offsets[-1])
+        input_ids = torch.from_file(str(ids_file), shared=False, size=size, dtype=torch.int32)
+        mask = torch.from_file(str(mask_file), shared=False, size=size, dtype=torch.bool)
+    split = {"input_ids": input_ids, "loss_mask": mask, "offsets": offsets, "lengths": lengths}
+    return {**split, "label_counts": label_counts(split)}
 
 
 def held_out_questions(dataset: dict, path: str, tokenizer, rows: int) -> List[Tuple[List[int], str]]:
@@ -106,9 +116,9 @@ def held_out_questions(dataset: dict, path: str, tokenizer, rows: int) -> List[T
     They are the first of those on which a training measures its held-out loss.
     """
     split, questions = dataset["validation"], []
-    for row in range(min(rows, len(split["answer_starts"]))):
-        ids = split["input_ids"][split["offsets"][row] : split["offsets"][row + 1]].tolist()
-        start = int(split["answer_starts"][row])
+    for row in range(min(rows, len(split["lengths"]))):
+        begin, end = int(split["offsets"][row]), int(split["offsets"][row + 1])
+        ids, start = split["input_ids"][begin:end].tolist(), int(split["loss_mask"][begin:end].int().argmax())
         questions.append((ids[:start], tokenizer.decode(ids[start:], skip_special_tokens=True).strip()))
     if not questions:
         raise UserError(f"{path} has no held-out rows. Prepare it from 20 rows or more.")
@@ -130,27 +140,21 @@ def load_dataset(path: str, tokenizer, block_size: int = sys.maxsize, hint: str 
             document = torch.load(path, weights_only=True)
     except Exception:  # a cut or foreign file fails in many ways, of many types, and all mean the same
         raise UserError(f"{path} is cut short, or is not a dataset file of these tutorials. {again}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    if not isinstance(document, dict) or str(document.get("format")) != FORMAT:
         raise UserError(f"{path} is not a dataset file of these tutorials. {again}")
-    if document.get("version") != VERSION:
-        raise UserError(f"{path} has format version {document.get('version')}, these scripts read {VERSION}. {again}")
-    try:
-        meta = document["meta"]
-        made_with, model, longest = meta["tokenizer"], meta["model"], meta["block_size"]
-        whole = all(
-            len(document[name]["offsets"]) == len(document[name]["answer_starts"]) + 1
-            and int(document[name]["offsets"][-1]) == len(document[name]["input_ids"])
-            for name in ("train", "validation")
-        )
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: its rows don't fit its tokens. {again}")
-    if made_with != fingerprint(tokenizer):
+    version = str(document.get("version"))
+    if version != str(VERSION):
+        raise UserError(f"{path} has format version {version[:20]}, these scripts read {VERSION}. {again}")
+    damage = damage_of(path, document, tokenizer)
+    if damage:
+        raise UserError(f"{path} is damaged: {damage}. {again}")
+    meta = document["meta"]
+    if meta["tokenizer"] != fingerprint(tokenizer):
         raise UserError(
-            f"{path} was made with another tokenizer (that of {model}), so its ids mean other text. {again}"
+            f"{path} was made with another tokenizer (that of {meta['model']}), so its ids mean other text. {again}"
         )
-    if longest > block_size:
+    if meta["block_size"] > block_size:
+        longest = meta["block_size"]
         raise UserError(
             f"{path} has rows of up to {longest} tokens, more than --block-size {block_size}. "
             f"Train with --block-size {longest}, or prepare it again with --block-size {block_size}."

@@ -8,6 +8,7 @@ from collections import Counter
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError, cause_of
+from common.cutting import encodings, fit
 from common.model_directory import positions_and_embeddings, require_directory
 
 
@@ -62,8 +63,7 @@ def fingerprint(tokenizer) -> str:
 
 def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
     """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
-    [ids] = _prompt_ids(tokenizer, ["".join(example.prompt)])
-    return ids if len(ids) <= limit else _cut_prompt(tokenizer, example.prompt, limit)
+    return fit(tokenizer, [example.prompt], [limit])[0][0]
 
 
 def encode_rows(
@@ -79,26 +79,20 @@ def encode_rows(
     examples = [_apply(template, row) for row in rows]
     answered = [example for example in examples if example.answer and example.answer.strip()]
     counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
-    if not answered:
-        return [], counts
-    prompts = _prompt_ids(tokenizer, ["".join(example.prompt) for example in answered])
-    answers = _ids(tokenizer, [example.answer for example in answered], add_special_tokens=False)
+    answers = [encoding.ids for encoding in encodings(tokenizer, [example.answer for example in answered], False)]
+    limits = [block_size - len(answer) - 1 for answer in answers]
     encoded = []
-    for example, prompt, answer in zip(answered, prompts, answers):
-        if len(prompt) + len(answer) + 1 > block_size:
-            counts["prompts cut"] += 1
-            prompt = _cut_prompt(tokenizer, example.prompt, block_size - len(answer) - 1)
-            room = block_size - len(prompt) - 1
-            if room < 1:
-                raise UserError(
-                    f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
-                    f"{len(prompt)}. Take a larger --block-size."
-                )
-            if len(answer) > room:
-                counts["answers cut"] += 1
-                answer = answer[:room]
-        encoded.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
-    counts["tokens"] = sum(len(ids) for ids, _ in encoded)
+    for answer, (prompt, cut) in zip(answers, fit(tokenizer, [example.prompt for example in answered], limits)):
+        counts.update({"prompts cut": 1} if cut else {})
+        room = block_size - len(prompt) - 1
+        if room < 1:
+            raise UserError(
+                f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
+                f"{len(prompt)}. Take a larger --block-size."
+            )
+        counts.update({"answers cut": 1} if len(answer) > room else {})
+        encoded.append((prompt + answer[:room] + [tokenizer.eos_token_id], len(prompt)))
+    counts.update({"tokens": sum(len(ids) for ids, _ in encoded)} if encoded else {})
     return encoded, counts
 
 
@@ -121,48 +115,3 @@ def _text(value) -> str:
         )
     # half an emoji, as scraped text has them, is legal in JSON and in no encoding
     return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
-
-
-def _cut_prompt(tokenizer, pieces: List[str], limit: int) -> List[int]:
-    """The ids of the prompt with its last cuttable piece cut at its end, then the one before it, until they fit.
-
-    The text is cut, not the ids, and tokenized again: so every prompt is the tokens of some text. Returns the ids of
-    the bare frame where even that exceeds `limit`.
-    """
-    pieces = list(pieces)
-    while True:
-        encoding = _tokenize(tokenizer, "".join(pieces), return_offsets_mapping=True)
-        ids = _without_end(tokenizer, encoding["input_ids"])
-        place = max((place for place in range(1, len(pieces), 2) if pieces[place]), default=None)
-        if len(ids) <= limit or place is None:
-            return ids
-        start = sum(map(len, pieces[:place]))
-        stop = start + len(pieces[place])
-        # by their begins alone: in tokenizers before 0.20.1 a whole word of Llama3 ends where it begins
-        begins = [begin - start for begin, _ in encoding["offset_mapping"] if start <= begin < stop]
-        excess = len(ids) - limit
-        cut_at = begins[-excess] if excess < len(begins) else 0
-        pieces[place] = pieces[place][: min(cut_at, len(pieces[place]) - 1)]
-
-
-def _prompt_ids(tokenizer, prompts: List[str]) -> List[List[int]]:
-    return [_without_end(tokenizer, ids) for ids in _ids(tokenizer, prompts, add_special_tokens=True)]
-
-
-def _ids(tokenizer, texts: List[str], add_special_tokens: bool) -> List[List[int]]:
-    options = {"return_attention_mask": False, "return_token_type_ids": False}
-    return _tokenize(tokenizer, texts, add_special_tokens=add_special_tokens, **options)["input_ids"]
-
-
-def _tokenize(tokenizer, texts, **options):
-    """Text that looks like a special token (`</s>`, `<|endoftext|>`) stays text."""
-    try:
-        return tokenizer(texts, split_special_tokens=True, verbose=False, **options)
-    except TypeError:  # transformers before 4.41 has the option in the tokenizer beneath only
-        tokenizer.backend_tokenizer.encode_special_tokens = True
-        return tokenizer(texts, verbose=False, **options)
-
-
-def _without_end(tokenizer, ids: List[int]) -> List[int]:
-    """Some tokenizers add their end token to every text; a prompt goes on with its answer instead."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

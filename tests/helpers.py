@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
+from common.dataset_check import PARTS, SPLITS, digest_of, digest_of_meta, label_counts
 from tests.conftest import ROOT
 
 # ------------------------------------------------------------------------------------------------ packages
@@ -96,26 +97,46 @@ def parquet(rows):
 
 def same_rows(one, other):
     for split in ("train", "validation"):
-        assert one[split].keys() == other[split].keys() == {"input_ids", "offsets", "answer_starts"}
+        assert one[split].keys() == other[split].keys() == set(PARTS)
         assert all(torch.equal(one[split][name], other[split][name]) for name in one[split])
     assert one["meta"]["sha256"] == other["meta"]["sha256"]
     assert one["meta"]["counts"] == other["meta"]["counts"]
 
 
 def change_dataset(path, change):
-    """Apply `change` to the document of a dataset file."""
+    """Apply `change` to the document of a dataset file, which then is as one that was written so."""
     document = torch.load(path)
     change(document)
+    if all(split in document for split in ("meta", *SPLITS)):
+        sign(document)
     torch.save(document, path)
+
+
+def sign(document):
+    """Write the digests of what a document holds into it."""
+    for name in SPLITS:
+        document["meta"]["sha256"][name] = {part: digest_of(tensor) for part, tensor in document[name].items()}
+    document["sha256"] = digest_of_meta(document["meta"])
+
+
+def split_of(input_ids, offsets, answer_starts):
+    """A split of a dataset file, of the begins of the answers within their rows."""
+    lengths = offsets.diff()
+    place = torch.arange(len(input_ids)) - offsets[:-1].repeat_interleave(lengths)
+    mask = place >= answer_starts.long().repeat_interleave(lengths)
+    split = {"input_ids": input_ids.int(), "loss_mask": mask, "offsets": offsets.long(), "lengths": lengths.int()}
+    return {**split, "label_counts": label_counts(split)}
+
+
+def answer_start(split, row):
+    """Where the answer of a row begins within it."""
+    return int(split["loss_mask"][split["offsets"][row] : split["offsets"][row + 1]].int().argmax())
 
 
 def no_rows():
     """A split of a dataset file that has none."""
-    return {
-        "input_ids": torch.zeros(0, dtype=torch.int32),
-        "offsets": torch.zeros(1, dtype=torch.int64),
-        "answer_starts": torch.zeros(0, dtype=torch.int32),
-    }
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return split_of(nothing, torch.zeros(1, dtype=torch.int64), nothing)
 
 
 # ------------------------------------------------------------------------------------------------ what a training left

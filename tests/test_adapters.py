@@ -31,7 +31,7 @@ from model.loading import load_model, load_to_train, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.conftest import ROOT
-from tests.helpers import needs_bitsandbytes, needs_float16, quantizes
+from tests.helpers import answer_start, needs_bitsandbytes, needs_float16, quantizes
 from tests.test_loss import a_split
 from tests.test_training import CPU, options
 
@@ -225,7 +225,7 @@ def korean(directory, tmp_path_factory):
     """A dataset file of the Korean samples, in rows of 96 tokens."""
     tokenizer, path = load_tokenizer(directory("llama3")), str(tmp_path_factory.mktemp("data") / "korean.pt")
     splits, source = load_splits(str(ROOT / "dataset" / "samples" / "korean_safe_conversation"))
-    args = Namespace(block_size=96, save_path=path, model_name_or_path=directory("llama3"))
+    args = Namespace(block_size=96, save_path=path, model_name_or_path=directory("llama3"), show=0, columns={})
     prepare_dataset(splits, source, korean_alpaca, tokenizer, args)
     return path
 
@@ -499,7 +499,7 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
     rows, dtype = load_dataset(korean, tokenizer)["validation"], start_accelerator(0).dtype
     prompts, found = [], {"Base": [], "Adapter": [], "Answer in the data": []}
     for row in range(2):
-        ids, start = rows["input_ids"][row * 96 : row * 96 + 96].tolist(), rows["answer_starts"][row]
+        ids, start = rows["input_ids"][row * 96 : row * 96 + 96].tolist(), answer_start(rows, row)
         prompts.append(ids[:start])
         found["Answer in the data"].append(tokenizer.decode(ids[start:], skip_special_tokens=True))
     for name, where in (("Base", directory("llama3")), ("Adapter", str(folder))):

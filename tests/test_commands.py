@@ -112,7 +112,7 @@ def check_dataset(page, folder, said):
     assert [line.split(",")[0] for line in lines[3:-2]] == [f"train: {ROWS} rows", f"validation: {HELD_OUT_ROWS} rows"]
     dataset = torch.load(folder / page.dataset_file)  # bare, as on the page
     assert dataset["meta"]["block_size"] == page.block_size
-    assert len(dataset["train"]["answer_starts"]) == ROWS
+    assert len(dataset["train"]["lengths"]) == ROWS
     lengths = dataset["train"]["offsets"].diff()
     assert lengths.min() > 0 and lengths.max() <= page.block_size
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import torch
 
 from common import UserError
 from common.batching import Batches
-from common.dataset_cache import ROWS_AT_ONCE, held_out_questions, load_dataset, prepare_dataset
+from common.dataset_cache import held_out_questions, load_dataset, prepare_dataset
+from common.dataset_check import PARTS
+from common.preparation import ROWS_AT_ONCE, ROWS_FOR_ONE, Encoder, encoded_chunks
 from common.tokenization import load_tokenizer
 from dataset.sources import HOLD_OUT_AT_MOST, load_splits
 from dataset.standard_library import standard_library_splits
@@ -29,7 +32,13 @@ def prepared(tmp_path_factory):
     root = tmp_path_factory.mktemp("prepared")
     write_tiny("llama3", root / "llama3-8b")
     tokenizer = load_tokenizer(str(root / "llama3-8b"))
-    args = Namespace(block_size=512, save_path=str(root / "dataset.pt"), model_name_or_path=str(root / "llama3-8b"))
+    args = Namespace(
+        block_size=512,
+        save_path=str(root / "dataset.pt"),
+        model_name_or_path=str(root / "llama3-8b"),
+        show=0,
+        columns={},
+    )
     splits, source = load_splits(str(SAMPLES / "cnn_dailymail"))
     prepare_dataset(splits, source, summarization, tokenizer, args)
     return tokenizer, root / "dataset.pt"
@@ -38,15 +47,11 @@ def prepared(tmp_path_factory):
 def test_layout_is_that_of_the_docstring(prepared):
     tokenizer, path = prepared
     document = torch.load(path, weights_only=True)
-    assert set(document) == {"format", "version", "meta", "train", "validation"}
+    assert set(document) == {"format", "version", "sha256", "meta", "train", "validation"}
     for name, rows in (("train", 64), ("validation", 16)):
         split = document[name]
-        assert [split[key].dtype for key in ("input_ids", "offsets", "answer_starts")] == [
-            torch.int32,
-            torch.int64,
-            torch.int32,
-        ]
-        assert len(split["answer_starts"]) == rows == len(split["offsets"]) - 1
+        assert {part: (str(tensor.dtype), tensor.dim()) for part, tensor in split.items()} == PARTS
+        assert len(split["lengths"]) == rows == len(split["offsets"]) - 1
         assert document["meta"]["counts"][name]["tokens"] == len(split["input_ids"]) == split["offsets"][-1]
         assert (Batches(split, 8, 4096).label_counts > 0).all()
         ends = split["input_ids"][split["offsets"][1:] - 1]
@@ -66,7 +71,7 @@ def test_opens_by_a_bare_load_without_this_repository(prepared, tmp_path):  # fa
         "import importlib.util, torch\n"
         "assert importlib.util.find_spec('common') is None and importlib.util.find_spec('dataset') is None\n"
         "dataset = torch.load('moved.pt')\n"
-        "print(dataset['train']['input_ids'].sum().item(), len(dataset['validation']['answer_starts']))"
+        "print(dataset['train']['input_ids'].sum().item(), len(dataset['validation']['lengths']))"
     )
     # -I: neither this repository nor any environment variable; HF_HOME does not exist, so no cache is there to point to
     done = subprocess.run(
@@ -82,7 +87,7 @@ def test_opens_by_a_bare_load_without_this_repository(prepared, tmp_path):  # fa
 
 def test_same_rows_same_file(prepared, tmp_path):
     tokenizer, path = prepared
-    args = Namespace(block_size=512, save_path=str(tmp_path / "dataset.pt"), model_name_or_path="x")
+    args = Namespace(block_size=512, save_path=str(tmp_path / "dataset.pt"), model_name_or_path="x", show=0, columns={})
     prepare_dataset(*load_splits(str(SAMPLES / "cnn_dailymail")), summarization, tokenizer, args)
     first, second = torch.load(path), torch.load(args.save_path)
     assert first["meta"]["sha256"] == second["meta"]["sha256"]
@@ -97,32 +102,27 @@ def test_a_mistake_half_way_leaves_the_old_file_and_no_scratch(prepared, tmp_pat
     bad = tmp_path / "bad.jsonl"
     rows = [json.dumps({"instruction": "a", "output": "b"})] * 2500 + ["{broken"]
     bad.write_text("\n".join(rows), encoding="utf-8")
-    args = Namespace(block_size=512, save_path=str(target), model_name_or_path="x")
+    args = Namespace(block_size=512, save_path=str(target), model_name_or_path="x", show=0, columns={})
     with pytest.raises(UserError, match=r"bad\.jsonl, line 2501 is not valid JSON"):
         prepare_dataset(*load_splits(str(bad)), instruction, tokenizer, args)
     assert target.read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.jsonl", "dataset.pt"]
 
 
-def test_rows_are_read_a_chunk_at_a_time(prepared, tmp_path):
-    """As many as are tokenized at once are in memory, and not the whole data set."""
-    alive, most, total = set(), 0, 5 * ROWS_AT_ONCE
+def test_rows_are_read_a_chunk_at_a_time(prepared):
+    """As many as are on their way to the processes are in memory, and not the whole data set."""
+    ahead, read, total = 0, 0, 40 * ROWS_AT_ONCE
 
-    class Row(dict):
-        def __init__(self, number):
-            super().__init__(instruction="a", output="b")
-            self.number = number
-            alive.add(number)
+    def rows():
+        nonlocal read
+        for _ in range(total):
+            read += 1
+            yield {"instruction": "a", "output": "b"}
 
-        def __del__(self):
-            nonlocal most
-            most = max(most, len(alive))
-            alive.discard(self.number)
-
-    args = Namespace(block_size=64, save_path=str(tmp_path / "many.pt"), model_name_or_path="x")
-    prepare_dataset({"train": map(Row, range(total)), "validation": []}, "mine", instruction, prepared[0], args)
-    assert len(torch.load(args.save_path)["train"]["answer_starts"]) == total
-    assert ROWS_AT_ONCE <= most <= 2 * ROWS_AT_ONCE + 1 and not alive
+    encoder, done = Encoder(instruction, prepared[0], 64, {}), 0
+    for chunk in encoded_chunks("train", rows(), encoder):
+        ahead, done = max(ahead, read - done), done + chunk.rows
+    assert done == total and ahead <= ROWS_FOR_ONE + (2 * len(os.sched_getaffinity(0)) + 3) * ROWS_AT_ONCE < total
 
 
 def test_held_out_questions_are_the_first_held_out_rows(prepared):

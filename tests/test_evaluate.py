@@ -14,7 +14,7 @@ from dataset.scores import code_score, rouge_score
 from model.generation import perplexity_and_answers
 from model.loading import load_model
 from model.tiny import write_tiny
-from tests.helpers import change_dataset, contents, no_rows, tells
+from tests.helpers import answer_start, change_dataset, contents, no_rows, split_of, tells
 from tests.test_training import CPU
 
 EVALUATE = "python tutorial/evaluate.py --rows 4 --batch-rows 3 --max-new-tokens 6"
@@ -135,7 +135,7 @@ def asked(stand_in, prompts, at_once, max_new_tokens):
     model, tokenizer = stand_in
     lengths = torch.tensor([0, *(len(prompt) + 1 for prompt in prompts)])
     ids = torch.tensor([id for prompt in prompts for id in (*prompt, tokenizer.eos_token_id)])
-    split = {"input_ids": ids, "offsets": lengths.cumsum(0), "answer_starts": lengths[1:] - 1}
+    split = split_of(ids, lengths.cumsum(0), lengths[1:] - 1)
     batches = Batches(split, at_once, 200)
     return perplexity_and_answers(model, tokenizer, batches, prompts, max_new_tokens, CPU, "test")
 
@@ -195,7 +195,7 @@ def check(done, folder, saved, names, dataset):
     rows, tokenizer = torch.load(folder / dataset)["validation"], load_tokenizer(str(folder / saved))
     for row, answers in enumerate(report["answers"]):  # in the order of the file, though they were asked by length
         ids = rows["input_ids"][rows["offsets"][row] : rows["offsets"][row + 1]].tolist()
-        start = rows["answer_starts"][row]
+        start = answer_start(rows, row)
         decoded = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])]
         assert [answers["prompt"], answers["reference"]] == [decoded[0], decoded[1].strip()]
         assert {"before", "after"} < set(answers)

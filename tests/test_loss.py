@@ -15,6 +15,7 @@ from model import loss as loss_file
 from model.adapters import add_lora
 from model.loss import CausalLMLoss, has_plain_head
 from model.tiny import write_tiny
+from tests.helpers import answer_start, split_of
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
@@ -62,13 +63,13 @@ def with_lora(model):
 
 
 def a_split(seed=0, rows=12, vocabulary=300):
-    """Random rows of 2 to 60 tokens, `answer_starts` anywhere in them."""
+    """Random rows of 2 to 60 tokens, their answers begin anywhere in them."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 60, (rows,), generator=generator)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     ids = torch.randint(0, vocabulary, (int(offsets[-1]),), generator=generator, dtype=torch.int32)
     starts = (torch.rand(rows, generator=generator) * (lengths - 1)).int()
-    return {"input_ids": ids, "offsets": offsets, "answer_starts": starts}
+    return split_of(ids, offsets, starts)
 
 
 def micro_batches(split, rows, tokens, train_on_prompt=False):
@@ -211,7 +212,7 @@ def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4
     split = a_split(rows=40)
     for row in range(40):
         (batch,) = micro_batches(split, [row], 1000)
-        start, length = int(split["answer_starts"][row]), int(row_lengths(split)[row])
+        start, length = answer_start(split, row), int(row_lengths(split)[row])
         assert (batch.labels[0, :start] == IGNORED).all()
         assert torch.equal(batch.labels[0, start:], batch.input_ids[0, start:])  # fault 2: whatever their ids
         (batch,) = micro_batches(split, [row], 1000, True)
@@ -238,7 +239,7 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
     wanted = []
     for row in rows:
         begin, end = split["offsets"][row : row + 2].tolist()
-        wanted.append(tuple(split["input_ids"][begin + int(split["answer_starts"][row]) : end].tolist()))
+        wanted.append(tuple(split["input_ids"][begin + answer_start(split, row) : end].tolist()))
     assert found == sorted(wanted)
 
 

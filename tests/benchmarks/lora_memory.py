@@ -58,9 +58,9 @@ def measure_trainer(model_dir: str, dataset_file: str, steps: int) -> None:
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     split = torch.load(dataset_file)["train"]
     rows = []
-    for start, stop, answer in zip(split["offsets"][:-1], split["offsets"][1:], split["answer_starts"]):
+    for start, stop in zip(split["offsets"][:-1], split["offsets"][1:]):
         ids = split["input_ids"][start:stop].long()
-        rows.append({"input_ids": ids, "labels": torch.cat([torch.full_like(ids[:answer], -100), ids[answer:]])})
+        rows.append({"input_ids": ids, "labels": torch.where(split["loss_mask"][start:stop], ids, -100)})
     tokens = []
 
     def collate(batch):

@@ -99,7 +99,9 @@ def main():
     results = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory() as scratch:
         file = f"{scratch}/dataset.pt"
-        options = Namespace(block_size=1024, save_path=file, model_name_or_path=args.model_name_or_path)
+        options = Namespace(
+            block_size=1024, save_path=file, model_name_or_path=args.model_name_or_path, show=0, columns={}
+        )
         start = time.perf_counter()
         prepare_dataset(*load_splits("standard-library"), alpaca, tokenizer, options)
         print(f"prepared in {time.perf_counter() - start:.2f} s, the tokenizer's loading not counted")

@@ -1,0 +1,144 @@
+"""Rows of text on their way into the dataset file: encoded by as many processes as there are cores, in their order."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from array import array
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, islice
+from time import monotonic
+from typing import Dict, Iterable, Iterator, List, NamedTuple
+
+from common import UserError
+from common.tokenization import encode_rows
+
+ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
+ROWS_FOR_ONE = 1000  # up to so many are not worth further processes
+SECONDS = 30  # from one line to the next, where there is no terminal to show a bar
+
+
+class Chunk(NamedTuple):
+    """Some rows, encoded. The same bytes in whatever process they were made."""
+
+    rows: int  # that were read, those without an answer too
+    ids: bytes  # int32, of all rows
+    mask: bytes  # of each id a byte: 1 where it carries a loss
+    lengths: bytes  # int32 [rows that have an answer]
+    counts: Counter
+
+
+class Encoder(NamedTuple):
+    """What a process needs to know to encode rows."""
+
+    template: object
+    tokenizer: object
+    block_size: int
+    columns: Dict[str, str]  # names that the template asks for, and those that the data has in their place
+
+    def rows(self, rows: List[dict]):
+        """As `encode_rows`, of rows under the data's own names."""
+        return encode_rows([self.renamed(row) for row in rows], self.template, self.tokenizer, self.block_size)
+
+    def renamed(self, row: dict) -> dict:
+        """The row with the columns under the names that the template asks for."""
+        for name, own in self.columns.items():
+            if own not in row:
+                raise UserError(f"--columns {name}={own}: the data has no column {own!r}, it has: {', '.join(row)}.")
+            row = {**row, name: row[own]}
+        return row
+
+    def chunk(self, rows: List[dict]) -> Chunk:
+        encoded, counts = self.rows(rows)
+        ids, mask, lengths = array("i"), bytearray(), array("i")
+        for row, answer_start in encoded:
+            ids.extend(row)
+            mask += bytes(answer_start) + b"\1" * (len(row) - answer_start)
+            lengths.append(len(row))
+        return Chunk(len(rows), ids.tobytes(), bytes(mask), lengths.tobytes(), counts)
+
+
+def encoded_chunks(name: str, rows: Iterable[dict], encoder: Encoder) -> Iterator[Chunk]:
+    """The rows of the split `name`, in their order, encoded; with a progress bar, or a line now and then."""
+    iterator = iter(rows)
+    chunks = iter(lambda: list(islice(iterator, ROWS_AT_ONCE)), [])
+    first = list(islice(chunks, ROWS_FOR_ONE // ROWS_AT_ONCE + 1))
+    processes = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(first) * ROWS_AT_ONCE <= ROWS_FOR_ONE or processes == 1:
+        encoded = map(encoder.chunk, chain(first, chunks))
+    else:
+        encoded = _in_processes(chain(first, chunks), encoder, processes)
+    return _told(encoded, name, len(rows) if hasattr(rows, "__len__") else None)
+
+
+def show_rows(rows: Iterable[dict], count: int, encoder: Encoder) -> None:
+    """Print the first rows as the model will see them, the tokens with a loss in colour, or in brackets."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    print(f"Rows as the model sees them; it learns what is {'green' if colour else 'in brackets'}:")
+    for number, row in enumerate(islice(rows, count), 1):
+        encoded, counts = encoder.rows([row])
+        if not encoded:
+            print(f"--- row {number}: no answer, it is dropped")
+        for ids, start in encoded:
+            cut = ", cut" if counts["prompts cut"] or counts["answers cut"] else ""
+            prompt, answer = (encoder.tokenizer.decode(part) for part in (ids[:start], ids[start:]))
+            print(f"--- row {number}: {len(ids)} tokens, {len(ids) - start} with a loss{cut}")
+            print(f"{prompt}{before}{answer}{after}")
+
+
+def _in_processes(chunks: Iterable[List[dict]], encoder: Encoder, processes: int) -> Iterator[Chunk]:
+    # a process of its own beats the tokenizer's threads, because half of the work is Python's
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+    context = multiprocessing.get_context(method)
+    waiting: deque = deque()
+    with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(encoder,)) as executor:
+        try:
+            for chunk in chunks:
+                waiting.append(executor.submit(_chunk, chunk))
+                if len(waiting) > 2 * processes:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _begin(encoder: Encoder) -> None:
+    """In a new process: the one that made it answers Ctrl-C for all, and its end is theirs."""
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGTERM
+        )  # PR_SET_PDEATHSIG: https://man7.org/linux/man-pages/man2/prctl.2.html
+
+
+def _chunk(rows: List[dict]) -> Chunk:
+    return _encoder.chunk(rows)
+
+
+def _told(chunks: Iterable[Chunk], name: str, total) -> Iterator[Chunk]:
+    from tqdm import tqdm
+
+    terminal, start, done = sys.stderr.isatty(), monotonic(), 0
+    told = start
+    with tqdm(total=total, desc=name, unit=" rows", disable=not terminal, dynamic_ncols=True) as bar:
+        for chunk in chunks:
+            yield chunk
+            done += chunk.rows
+            bar.update(chunk.rows)
+            now = monotonic()
+            if not terminal and now - told >= SECONDS:
+                rate = done / (now - start)
+                left = f" of {total}, {(total - done) / rate / 60:.0f} minutes left" if total else ""
+                print(f"{name}: {done} rows{left}, {rate:.0f} rows/s", flush=True)
+                told = now

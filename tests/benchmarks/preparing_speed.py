@@ -1,0 +1,143 @@
+"""Rows a second from text to the dataset file, of several ways in turn, each in processes of its own.
+
+    python tests/benchmarks/preparing_speed.py --model-name-or-path ./smollm2-135m --rows 10000 --rounds 3
+
+The rows are as long as CNN/DailyMail's (58 % longer than a block of 1024 tokens), made of the words of dataset/samples.
+`earlier` is commit 0131a7e, which must be in the clone; `map` is the per-row map of the earlier documentation with 2
+processes, `batched` the same in batches, `ours` is prepare_dataset.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EARLIER = "0131a7e"
+BLOCK = 1024
+
+MAP = """
+import sys, datasets
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+rows = datasets.load_dataset("json", data_files=sys.argv[2], split="train", cache_dir=sys.argv[3])
+
+def one(row):
+    prompt = "[SUMMARIZE] " + row["article"] + " [/SUMMARIZE]\\n"
+    return tokenizer(prompt + row["highlights"] + tokenizer.eos_token, truncation=True, max_length=1024)
+
+def many(rows):
+    pairs = zip(rows["article"], rows["highlights"])
+    texts = ["[SUMMARIZE] " + a + " [/SUMMARIZE]\\n" + h + tokenizer.eos_token for a, h in pairs]
+    return tokenizer(texts, truncation=True, max_length=1024)
+
+rows.map(*[many if BATCHED else one], num_proc=2, batched=BATCHED, remove_columns=rows.column_names)
+"""
+OURS = """
+import sys
+from argparse import Namespace
+sys.path.insert(0, sys.argv[4])
+from common.dataset_cache import prepare_dataset
+from common.tokenization import load_tokenizer
+from dataset.sources import load_splits
+from dataset.templates import summarization
+args = Namespace(model_name_or_path=sys.argv[1], block_size=1024, save_path=sys.argv[3] + "/d.pt", show=0, columns={})
+splits, source = load_splits(sys.argv[2])
+splits = {"train": splits["train"].rows, "validation": []}
+prepare_dataset(splits, source, summarization, load_tokenizer(sys.argv[1]), args)
+"""
+
+
+def write_rows(path: Path, count: int) -> None:
+    texts = [json.loads(line) for line in (ROOT / "dataset/samples/cnn_dailymail/train.jsonl").open(encoding="utf-8")]
+    words = [word for row in texts for word in row["article"].split(" ")]
+    rng = random.Random(0)
+
+    def text(length: int) -> str:
+        return " ".join(rng.choices(words, k=max(5, length)))
+
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            length = int(
+                rng.lognormvariate(6.72, 0.45)
+            )  # mean 915: of these words, fewer tokens each than the real ones
+            file.write(json.dumps({"article": text(length), "highlights": text(rng.randint(30, 70))}) + "\n")
+
+
+def peak_of(process: subprocess.Popen, found: list) -> None:
+    """The most memory of a process and all below it at once, bytes, shared pages counted once."""
+    import psutil
+
+    while process.poll() is None:
+        total = 0
+        try:
+            root = psutil.Process(process.pid)
+            for one in [root, *root.children(recursive=True)]:
+                total += one.memory_full_info().pss
+        except psutil.Error:
+            pass
+        found[0] = max(found[0], total)
+        time.sleep(0.2)
+
+
+def measure(way: str, model: str, rows: Path, count: int, code: Path) -> tuple:
+    """(rows a second, seconds, peak bytes) of a whole process."""
+    script = OURS if way in ("ours", "earlier") else MAP.replace("BATCHED", str(way == "batched"))
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [sys.executable, "-c", script, model, str(rows), scratch, str(code)]
+        env = {**os.environ, "HF_HOME": scratch, "HF_HUB_OFFLINE": "1"}
+        start, peak = time.perf_counter(), [0]
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env)
+        watch = threading.Thread(target=peak_of, args=(process, peak))
+        watch.start()
+        error = process.communicate()[1]
+        watch.join()
+        seconds = time.perf_counter() - start
+    if process.returncode:
+        sys.exit(f"{way}: {error[-2000:]}")
+    return count / seconds, seconds, peak[0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-name-or-path", default="./smollm2-135m")
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=["map", "batched", "earlier", "ours"])
+    args = parser.parse_args()
+    model = str(Path(args.model_name_or_path).resolve())
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, earlier = Path(scratch) / "rows.jsonl", Path(scratch) / "earlier"
+        write_rows(rows, args.rows)
+        if "earlier" in args.ways:
+            subprocess.run(["git", "-C", ROOT, "worktree", "add", "-f", "--detach", earlier, EARLIER], check=True)
+        results = {way: [] for way in args.ways}
+        try:
+            for turn in range(args.rounds):
+                for way in args.ways:
+                    rate, seconds, peak = measure(way, model, rows, args.rows, earlier if way == "earlier" else ROOT)
+                    results[way].append((rate, seconds, peak))
+                    print(
+                        f"round {turn + 1} {way:8} {rate:7.0f} rows/s {seconds:7.1f} s {peak / 1e6:7.0f} MB", flush=True
+                    )
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", earlier], check=False)
+    print(f"\n{args.rows} rows, median of {args.rounds} (lowest to highest); whole processes, start included")
+    for way, measured in results.items():
+        rates = [rate for rate, _, _ in measured]
+        peak = max(peak for _, _, peak in measured) / 1e6
+        spread = f"({min(rates):.0f} to {max(rates):.0f})"
+        print(f"{way:8} {statistics.median(rates):7.0f} rows/s {spread} {peak:7.0f} MB at most")
+
+
+if __name__ == "__main__":
+    main()
