@@ -10,11 +10,13 @@ import sys
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from copy import copy
 from itertools import chain, islice
 from time import monotonic
 from typing import Dict, Iterable, Iterator, List, NamedTuple
 
 from common import UserError
+from common.text import listed
 from common.tokenization import encode_rows
 
 ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
@@ -48,8 +50,10 @@ class Encoder(NamedTuple):
         """The row with the columns under the names that the template asks for."""
         for name, own in self.columns.items():
             if own not in row:
-                raise UserError(f"--columns {name}={own}: the data has no column {own!r}, it has: {', '.join(row)}.")
-            row = {**row, name: row[own]}
+                place = getattr(row, "place", "the data")
+                raise UserError(f"--columns {name}={own}: {place} has no column {own!r}, it has: {listed(row)}.")
+            row = copy(row)  # a row of a file knows its place, which another dict would not
+            row[name] = row[own]
         return row
 
     def chunk(self, rows: List[dict]) -> Chunk:

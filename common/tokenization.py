@@ -10,6 +10,7 @@ from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 from common import UserError, cause_of
 from common.cutting import encodings, fit
 from common.model_directory import positions_and_embeddings, require_directory
+from common.text import listed, not_text, text_of
 
 
 class Example(NamedTuple):
@@ -97,21 +98,14 @@ def encode_rows(
 
 
 def _apply(template, row: dict) -> Example:
+    place = getattr(row, "place", "The dataset")
     try:
         example = template(row)
     except KeyError as error:
-        have = ", ".join(map(str, row)) or "none"
         raise UserError(
-            f"The dataset has no column {error}; it has: {have}. Rename yours, or change the template."
+            f"{place} has no column {error}; it has: {listed(row)}. Rename yours, or change the template."
         ) from None
-    # an empty cell of a .csv or .parquet file is None
-    return Example([_text(piece) for piece in example.prompt], _text(example.answer))
-
-
-def _text(value) -> str:
-    if isinstance(value, (list, dict)):
-        raise UserError(
-            f"A column of the dataset holds {str(value)[:40]!r}, which is not text. Make it one string a row."
-        )
-    # half an emoji, as scraped text has them, is legal in JSON and in no encoding
-    return "" if value is None else str(value).encode("utf-8", "replace").decode("utf-8")
+    try:
+        return Example([text_of(piece) for piece in example.prompt], text_of(example.answer))
+    except TypeError as error:
+        raise UserError(f"{place}: {not_text(row, error.args[0])}. Make it one string a row.") from None

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import platform
-import sys
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
 from common import UserError
+from dataset.files import NARROW, OTHERS, SUFFIXES, FileRows, Row, first_line, require_no_other, shortened
 from dataset.standard_library import standard_library_splits
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # of a hub dataset that comes in several versions, the one that is meant
 HOLD_OUT_EVERY = 20  # of a dataset without a validation split, every 20th row is held out,
 HOLD_OUT_AT_MOST = 256  # up to this many
@@ -20,24 +17,31 @@ HOLD_OUT_AT_MOST = 256  # up to this many
 
 def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     """{"train": rows, "validation": rows} of a file, of a folder with train and validation files, or of a hub id; and
-    a name for them, with the hub's revision where there is one.
+    a name for them, with the hub's revision where there is one. "my.json#data" is the list `data` within my.json.
 
     Rows can be gone through several times and are read as they are used. Where there is no validation split, rows of
-    train are held out. UserError: no such file or dataset, no rows; and later, a row that is not valid JSON.
+    train are held out. UserError: no such file or dataset, no rows; and later, a row that can't be read.
     """
-    path, source = Path(name_or_path), name_or_path
-    looks_local = path.suffix in SUFFIXES or name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
+    name, _, inside = name_or_path.rpartition("#")
+    if not name or Path(name_or_path).exists():
+        name, inside = name_or_path, ""
+    path, source = Path(name), name_or_path
+    suffix = path.suffix.lower()
+    looks_local = suffix in (*SUFFIXES, *(other[0] for other in OTHERS))
+    looks_local = looks_local or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if inside and path.exists() and (suffix != ".json" or path.is_dir()):
+        raise UserError(f"{name_or_path}: only a .json file has lists within. Leave out #{inside}.")
     if name_or_path == "standard-library":
         splits, source = standard_library_splits(), f"the standard library of Python {platform.python_version()}"
     elif path.is_dir():
         splits = _folder(path)
-    elif path.suffix in SUFFIXES and path.is_file():
-        splits = {"train": FileRows(path)}
+    elif suffix in SUFFIXES and path.is_file():
+        splits = {"train": FileRows(path, inside)}
     elif path.exists() or looks_local:
+        if path.is_file():
+            require_no_other(path)
         what = "is not a file of these" if path.exists() else "does not exist"
-        raise UserError(
-            f"{name_or_path} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
-        )
+        raise UserError(f"{name} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id.")
     else:
         splits, source = _hub(name_or_path)
     if next(iter(splits["train"]), None) is None:
@@ -61,69 +65,33 @@ class HoldOut:
                 yield row
 
 
-class FileRows:
-    """The rows of a .jsonl, .json, .csv or .parquet file, read anew each time they are gone through."""
+class HubRows:
+    """The rows of a split of a hub dataset, where a class is its name and not its number."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, name: str, rows):
+        self.name, self.rows = name, rows
 
-    def __iter__(self) -> Iterator[dict]:
-        try:
-            for row in getattr(self, "_" + self.path.suffix[1:])():
-                if not isinstance(row, dict):
-                    raise UserError(
-                        f"{self.path} has a row that is not a JSON object of columns: {str(row)[:40]!r}. Mend it."
-                    )
-                yield row
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self.path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from None
+    def __len__(self) -> int:
+        return len(self.rows)
 
-    def _jsonl(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise self._no_json(number, error) from None
+    def __iter__(self) -> Iterator[Row]:
+        from datasets import ClassLabel, Value
 
-    def _json(self) -> Iterator[dict]:
-        with open(self.path, encoding="utf-8-sig") as file:
-            if file.read(4096).lstrip()[:1] != "[":  # many .json files on the hub are JSON lines
-                yield from self._jsonl()
-                return
-            file.seek(0)
-            try:
-                yield from json.load(file)
-            except json.JSONDecodeError as error:
-                raise self._no_json(error.lineno, error) from None
-
-    def _no_json(self, line: int, error: json.JSONDecodeError) -> UserError:
-        return UserError(f"{self.path}, line {line} is not valid JSON: {error.msg}. Mend that line.")
-
-    def _csv(self) -> Iterator[dict]:
-        csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # an article is longer than csv's default limit
-        with open(self.path, encoding="utf-8-sig", newline="") as file:
-            try:
-                yield from csv.DictReader(file, strict=True)
-            except csv.Error as error:
-                raise UserError(f"{self.path} is not a valid .csv file: {error}. Mend it.") from None
-
-    def _parquet(self) -> Iterator[dict]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            for batch in pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=1000):
-                yield from batch.to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is not a valid .parquet file: {str(error).splitlines()[0]}") from None
+        features = self.rows.features
+        classes = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
+        kinds = {column: feature.dtype for column, feature in features.items() if isinstance(feature, Value)}
+        narrow = {column: NARROW[kind] for column, kind in kinds.items() if kind in NARROW}
+        for number, row in enumerate(self.rows, 1):
+            for column, names in classes.items():
+                label = row[column]
+                row[column] = names[label] if label is not None and label >= 0 else None  # -1: it is not known
+            yield Row(shortened(row, narrow), f"{self.name}, row {number}")
 
 
 def _folder(path: Path) -> Dict[str, Iterable[dict]]:
     splits = {}
     for split in ("train", "validation"):
-        files = sorted(file for file in path.iterdir() if file.stem == split and file.suffix in SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.stem == split and file.suffix.lower() in SUFFIXES)
         if len(files) > 1:
             raise UserError(f"{path} has {' and '.join(file.name for file in files)}; leave one of them in it.")
         if files:
@@ -145,12 +113,11 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     try:
         loaded = datasets.load_dataset(name, CONFIGS.get(name), revision=revision, trust_remote_code=False)
     except Exception as error:  # of many types in each version of datasets, huggingface_hub and their HTTP library
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise UserError(
-            f"The dataset {name} could not be loaded from the hub: {reason}. Check the name and the network, or "
-            f"rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
+            f"The dataset {name} could not be loaded from the hub: {first_line(error)}. Check the name and the "
+            f"network, or rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
         ) from None
     if "train" not in loaded:
         raise UserError(f"The dataset {name} has no split named train, it has: {', '.join(loaded)}.")
-    splits = {split: loaded[split] for split in ("train", "validation") if split in loaded}
+    splits = {split: HubRows(f"{name}, {split}", loaded[split]) for split in ("train", "validation") if split in loaded}
     return splits, f"{name} at {revision or 'an unknown revision'}"

@@ -37,9 +37,11 @@ def test_data_without_the_columns(prepare_refuses):
     prepare_refuses("mine.jsonl", '{"text": "a", "summary": "b"}\n', ["article", "text, summary"])
 
 
-@pytest.mark.parametrize("script, column", [("mistral", "instruction"), ("gpt", "instruction"), ("llama3_1", "input")])
+@pytest.mark.parametrize(
+    "script, column", [("mistral", "instruction"), ("gpt", "instruction"), ("llama3_1", "instruction")]
+)
 def test_data_without_the_columns_of_the_others(script, column, ready, warm):
-    row = {"instruction": "do", "output": "done"} if column == "input" else {"question": "do", "output": "done"}
+    row = {"question": "do", "output": "done"}
     (ready / "mine.jsonl").write_text(json.dumps(row))
     before = contents(ready)
     words = "--model-name-or-path ./llama3-8b --dataset-name-or-path mine.jsonl"
@@ -87,7 +89,7 @@ def test_broken_csv(prepare_refuses):
 
 
 def test_csv_without_the_columns(prepare_refuses):
-    prepare_refuses("mine.csv", "text;summary\r\na;b\r\n", ["article", "text;summary"])
+    prepare_refuses("mine.csv", "text,summary\r\na,b\r\n", ["line 2", "article", "text, summary"])
 
 
 def test_broken_parquet(prepare_refuses):

@@ -1,0 +1,106 @@
+"""Rows of JSON files: JSON lines, an array of objects, or a list within one large object."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from itertools import chain, islice
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple
+
+from common import UserError
+from common.text import listed
+
+
+def json_lines(path: Path) -> Iterator[Tuple[str, object]]:
+    """("line 12", the value of that line) of each line that is not empty."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            line = line.lstrip("\ufeff").strip()  # where files were joined, a byte order mark stands within
+            if line:
+                yield f"line {number}", _parsed(path, line, number)
+
+
+def json_rows(path: Path, inside: str) -> Iterator[Tuple[str, object]]:
+    """("row 12", that value) of an array, or of the list named `inside`, "data.paragraphs", of one large object."""
+    lines = json_lines(path)  # many .json files on the hub are JSON lines
+    try:
+        first = list(islice(lines, 1))
+    except UserError:  # its first line is nothing by itself
+        with open(path, encoding="utf-8-sig") as file:
+            document = _parsed(path, file.read())
+    else:
+        second = list(islice(lines, 1))
+        if second and inside:
+            raise UserError(f"{path} has a JSON object on each line, and no list to choose. Leave out #{inside}.")
+        if second or not first:
+            yield from chain(first, second, lines)
+            return
+        document = first[0][1]
+    rows = document if isinstance(document, list) and not inside else _list_within(path, document, inside)
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def _parsed(path: Path, text: str, line: int = 0):
+    try:
+        return DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        reason, line = error.msg, line or error.lineno
+    except ValueError as error:
+        reason = str(error)
+    place = f"{path}, line {line}" if line else path
+    raise UserError(f"{place} is not valid JSON: {reason}. Mend {'that line' if line else 'it'}.")
+
+
+def _object(pairs: List[Tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has the key {max(names, key=names.count)[:40]!r} twice")
+    return row
+
+
+# pandas writes an empty cell as NaN; other numbers stay as they are written, which float would not keep (1.10, 1e999)
+DECODER = json.JSONDecoder(
+    parse_constant=lambda _: None,
+    parse_float=str,
+    parse_int=lambda digits: int(digits) if len(digits) < 1000 else digits,
+    object_pairs_hook=_object,
+)
+
+
+def _list_within(path: Path, document, inside: str) -> Sequence:
+    """The list named `inside`. UserError, with the lists that there are, where it is not clear which one is meant."""
+    lists = _lists(document, "", {})
+    if inside and inside in lists:
+        return lists[inside]
+    names = [name for name in lists if name]
+    if inside:
+        raise UserError(
+            f"{path} has no list {inside!r} within. Its lists: {listed(names)}. Choose another after the #."
+        )
+    if names:
+        choice = shlex.quote(" ".join(f"{path}#{names[0]}".split()))  # one line, whatever is in the name
+        raise UserError(
+            f"{path} is one JSON object, not an array of rows. Its lists: {listed(names)}. Choose the one that holds "
+            f"the rows, as in --dataset-name-or-path {choice}"
+        )
+    if document and isinstance(document, dict) and all(isinstance(value, dict) for value in document.values()):
+        raise UserError(
+            f"{path} is one JSON object of objects ({listed(document)}), not an array of rows. Save it as an array: in "
+            'pandas, to_json(path, orient="records").'
+        )
+    return [document]
+
+
+def _lists(value, name: str, found: Dict[str, list]) -> Dict[str, list]:
+    """{"data.paragraphs": all that is in the lists of that name within `value`}"""
+    if isinstance(value, list):
+        found.setdefault(name, []).extend(value)
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict):
+            for key, inner in item.items():
+                if isinstance(inner, (list, dict)):
+                    _lists(inner, f"{name}.{key}" if name else key, found)
+    return found
