@@ -83,6 +83,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, in one line and not too long, as a part of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def cause_of(error: Exception) -> str:
     """Why a model's files could not be loaded, and what helps, for the reader; "" where nothing tells."""
     text = " ".join(str(error).split())

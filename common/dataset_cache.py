@@ -145,16 +145,16 @@ def load_dataset(path: str, tokenizer, block_size: int = sys.maxsize, hint: str 
     version = str(document.get("version"))
     if version != str(VERSION):
         raise UserError(f"{path} has format version {version[:20]}, these scripts read {VERSION}. {again}")
-    damage = damage_of(path, document, tokenizer)
+    own = fingerprint(tokenizer)
+    damage = damage_of(path, document, tokenizer, own)
     if damage:
         raise UserError(f"{path} is damaged: {damage}. {again}")
-    meta = document["meta"]
-    if meta["tokenizer"] != fingerprint(tokenizer):
+    meta, longest = document["meta"], document["meta"]["block_size"]
+    if meta["tokenizer"] != own:
         raise UserError(
             f"{path} was made with another tokenizer (that of {meta['model']}), so its ids mean other text. {again}"
         )
-    if meta["block_size"] > block_size:
-        longest = meta["block_size"]
+    if longest > block_size:
         raise UserError(
             f"{path} has rows of up to {longest} tokens, more than --block-size {block_size}. "
             f"Train with --block-size {longest}, or prepare it again with --block-size {block_size}."

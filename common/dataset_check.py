@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from common.tokenization import fingerprint
+from common.tokenization import largest_id
 
 SPLITS = ("train", "validation")
 PARTS = {  # of a split: (type, dimensions)
@@ -22,9 +22,10 @@ PARTS = {  # of a split: (type, dimensions)
 META = {"tokenizer": str, "model": str, "dataset": str, "template": str, "block_size": int, "counts": dict}
 
 
-def damage_of(path: str, document: dict, tokenizer) -> str:
+def damage_of(path: str, document: dict, tokenizer, own: str) -> str:
     """What is wrong with the document that was read from `path`, for the reader; "" where it is whole.
 
+    A file that was made with another tokenizer than `tokenizer`, of the fingerprint `own`, is for the caller to refuse.
     Its digests are checked once: it is written down for which size, time and inode of the file they were right.
     """
     meta = document.get("meta")
@@ -34,10 +35,9 @@ def damage_of(path: str, document: dict, tokenizer) -> str:
             return "what it says of itself is not as it was written"
         if _seen(path, document["sha256"]):
             return ""
-        own = meta["tokenizer"] == fingerprint(tokenizer)  # else the ids are another's, which is for the caller to say
-        largest_id = max(tokenizer.get_vocab().values()) if own else 2**31
+        most = largest_id(tokenizer) if meta["tokenizer"] == own else 2**31
         for name in SPLITS:
-            problem = _damage_of_split(document[name], meta["block_size"], largest_id)
+            problem = _damage_of_split(document[name], meta["block_size"], most)
             if problem:
                 return f"{problem} in {name!r}"
         if not len(document["train"]["lengths"]):
@@ -76,7 +76,7 @@ def digest_of_meta(meta: dict) -> str:
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def _damage_of_split(split: dict, block_size: int, largest_id: int) -> str:
+def _damage_of_split(split: dict, block_size: int, most: int) -> str:
     if set(split) != set(PARTS):
         return "there are other parts than those of a dataset file"
     for part, (dtype, dimensions) in PARTS.items():
@@ -92,7 +92,7 @@ def _damage_of_split(split: dict, block_size: int, largest_id: int) -> str:
         return ""
     if int(lengths.min()) < 2 or int(lengths.max()) > block_size:
         return "rows are of other lengths than it says"
-    if int(ids.min()) < 0 or int(ids.max()) > largest_id:
+    if int(ids.min()) < 0 or int(ids.max()) > most:
         return "there are token ids that the tokenizer has not"
     counts = label_counts(split)
     if not bool((counts == split["label_counts"]).all()) or not bool((counts > 0).all()):

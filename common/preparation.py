@@ -121,9 +121,8 @@ def _begin(encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGTERM
-        )  # PR_SET_PDEATHSIG: https://man7.org/linux/man-pages/man2/prctl.2.html
+        # PR_SET_PDEATHSIG: https://man7.org/linux/man-pages/man2/prctl.2.html
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _chunk(rows: List[dict]) -> Chunk:

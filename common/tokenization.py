@@ -32,10 +32,8 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     except UserError:
         raise
     except Exception as error:  # a file of another version fails as a bare Exception
-        cause = (
-            "" if isinstance(error, ImportError) else cause_of(error)
-        )  # slow forms need packages that none needs here
-        if cause:
+        cause = cause_of(error)
+        if cause and not isinstance(error, ImportError):  # slow forms ask for packages that no tutorial needs
             raise UserError(f"{model_dir} can't be used: {cause}") from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
@@ -45,7 +43,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         raise UserError(f"The tokenizer of {model_dir} has no end token, so a model could never learn to stop.")
     if most is not None and block_size > most:
         raise UserError(f"--block-size {block_size} is beyond the {most} positions of {model_dir}; take fewer.")
-    largest = max(tokenizer.get_vocab().values())
+    largest = largest_id(tokenizer)
     if embeddings is not None and largest >= embeddings:
         raise UserError(
             f"The tokenizer of {model_dir} has ids up to {largest}, and the model has embeddings for {embeddings} "
@@ -53,6 +51,11 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
             "call model.resize_token_embeddings and save it."
         )
     return tokenizer
+
+
+def largest_id(tokenizer) -> int:
+    """The largest id that the tokenizer can give, added tokens included."""
+    return max(tokenizer.get_vocab().values())
 
 
 def fingerprint(tokenizer) -> str:
@@ -84,16 +87,19 @@ def encode_rows(
     limits = [block_size - len(answer) - 1 for answer in answers]
     encoded = []
     for answer, (prompt, cut) in zip(answers, fit(tokenizer, [example.prompt for example in answered], limits)):
-        counts.update({"prompts cut": 1} if cut else {})
+        if cut:
+            counts["prompts cut"] += 1
         room = block_size - len(prompt) - 1
         if room < 1:
             raise UserError(
                 f"A block of {block_size} tokens has no room for an answer: the template's own text takes "
                 f"{len(prompt)}. Take a larger --block-size."
             )
-        counts.update({"answers cut": 1} if len(answer) > room else {})
+        if len(answer) > room:
+            counts["answers cut"] += 1
         encoded.append((prompt + answer[:room] + [tokenizer.eos_token_id], len(prompt)))
-    counts.update({"tokens": sum(len(ids) for ids, _ in encoded)} if encoded else {})
+    if encoded:
+        counts["tokens"] = sum(len(ids) for ids, _ in encoded)
     return encoded, counts
 
 

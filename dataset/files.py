@@ -10,6 +10,7 @@ from common import UserError
 from dataset.json_files import json_lines, json_rows
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+WHAT_DATA_CAN_BE = "Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
 # what people have instead: how such a file ends, how it begins, what to do with it
 OTHERS = (
     (".gz", b"\x1f\x8b", "is compressed: gunzip it first"),
@@ -130,9 +131,7 @@ def require_no_other(path: Path) -> None:
         begin = file.read(8)
     for suffix, sign, what in OTHERS:
         if path.suffix.lower() == suffix or begin.startswith(sign):
-            raise UserError(
-                f"{path} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
-            )
+            raise UserError(f"{path} {what}. {WHAT_DATA_CAN_BE}")
 
 
 def shortened(row: dict, narrow: Dict[str, str]) -> dict:

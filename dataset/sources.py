@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
 from common import UserError
-from dataset.files import NARROW, OTHERS, SUFFIXES, FileRows, Row, first_line, require_no_other, shortened
+from dataset.files import (
+    NARROW,
+    OTHERS,
+    SUFFIXES,
+    WHAT_DATA_CAN_BE,
+    FileRows,
+    Row,
+    first_line,
+    require_no_other,
+    shortened,
+)
 from dataset.standard_library import standard_library_splits
 
 CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # of a hub dataset that comes in several versions, the one that is meant
@@ -41,7 +51,7 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
         if path.is_file():
             require_no_other(path)
         what = "is not a file of these" if path.exists() else "does not exist"
-        raise UserError(f"{name} {what}. Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id.")
+        raise UserError(f"{name} {what}. {WHAT_DATA_CAN_BE}")
     else:
         splits, source = _hub(name_or_path)
     if next(iter(splits["train"]), None) is None:

@@ -16,7 +16,7 @@ from typing import List
 
 from torch import nn
 
-from common import UserError, require_package
+from common import UserError, reason_of, require_package
 from common.model_directory import ADAPTER, adapter_facts
 from model.quantization import bits_of
 
@@ -58,8 +58,8 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
             model = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"peft puts no adapter beside these layers of {base}: {' '.join(str(error).split())[:200]} Name others "
-            "with --lora-target-modules."
+            f"peft puts no adapter beside these layers of {base}: {reason_of(error)} Name others with "
+            "--lora-target-modules."
         ) from None
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     beside = adapted(model)
@@ -125,8 +125,9 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
         with _without_warnings():
             return PeftModel.from_pretrained(model, adapter_dir)
     except Exception as error:  # a damaged file, layers of another model: each has a type of its own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"The adapter {adapter_dir} can't be put on {base}: {reason}. Train it again.") from None
+        raise UserError(
+            f"The adapter {adapter_dir} can't be put on {base}: {reason_of(error)}. Train it again."
+        ) from None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from common import UserError, cause_of, is_out_of_memory
+from common import UserError, cause_of, is_out_of_memory, reason_of
 from common.accelerator import room_for
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
@@ -132,7 +132,7 @@ def _from_files(base: str, stored: Stored, device: torch.device, dtype: Optional
     except Exception as error:  # each way in which files can be wrong has a type of its own
         if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        cause = cause_of(error) or f"{' '.join(str(error).split())[:200]}. Download it again."
+        cause = cause_of(error) or f"{reason_of(error)}. Download it again."
         raise UserError(f"The model {base} can't be loaded: {cause}") from None
     finally:
         logging.set_verbosity(verbosity)

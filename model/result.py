@@ -80,15 +80,13 @@ def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Mod
 
 def save_tokenizer(tokenizer, directory: Path) -> None:
     """The tokenizer's files as they came, where it is as it came; in words that transformers before 5 reads."""
-    tokenizer.save_pretrained(directory)
     source = Path(tokenizer.name_or_path)
-    came = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if came and fingerprint(load_tokenizer(str(source))) == fingerprint(tokenizer):
-        for file in directory.iterdir():
-            if file.name in TOKENIZER_FILES:
-                file.unlink()
-        for file in came:
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if files and fingerprint(load_tokenizer(str(source))) == fingerprint(tokenizer):
+        for file in files:
             shutil.copyfile(file, directory / file.name)
+    else:
+        tokenizer.save_pretrained(directory)
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     came = dict(settings)

@@ -78,13 +78,14 @@ def move(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype], s
     bit can't hold stay in float32: they were stored so. Not model.to(dtype): the frequencies of RoPE, a buffer that is
     computed, stay in float32 too.
     """
-    kept = model.state_dict(keep_vars=True).values() if stored.mixed else model.parameters()
-    for weight in {id(weight): weight for weight in kept}.values():
+    in_files = model.state_dict().keys() if stored.mixed else ()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in in_files]
+    for weight in (*model.parameters(), *buffers):
         if not weight.is_floating_point():
             continue
-        own = stored.most if stored.mixed and torch.equal(weight.to(stored.most).float(), weight) else weight.dtype
-        is_float32 = stored.mixed and own == torch.float32
-        weight.data = weight.data.to(device, own if is_float32 else dtype or own)
+        own = stored.most if stored.mixed else weight.dtype
+        stays = stored.mixed and not torch.equal(weight.to(own).float(), weight)
+        weight.data = weight.data.to(device, torch.float32 if stays else dtype or own)
     model.to(device)
 
 

@@ -74,13 +74,13 @@ def choose_targets(model: nn.Module, base: str, asked: List[str], dropout: float
 
 def matrices(model: nn.Module) -> Dict[str, int]:
     """{name of a module or tensor: how many weights} of all matrices between a model's embeddings and its output."""
-    sizes = {}
-    head = model.get_output_embeddings()
+    sizes = {
+        # by its features, because a weight in 4 bit has fewer elements
+        name: layer.weight.numel() if isinstance(layer, Conv1D) else _product(layer)
+        for name, layer in _linear_layers(model)
+    }
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            if module is not head:  # by its features, because a weight in 4 bit has fewer elements
-                sizes[name] = module.weight.numel() if isinstance(module, Conv1D) else _product(module)
-        elif not isinstance(module, nn.Embedding):
+        if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
             for own, weight in module.named_parameters(prefix=name, recurse=False):
                 if weight.dim() > 1:
                     sizes[own] = weight.numel()

@@ -234,3 +234,23 @@ def ready(folder, base):
     shutil.copytree(base / "llama3-8b", folder / "llama3-8b")
     shutil.copy(base / "llama3_dataset.pt", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory):
+    """{kind: directory} of every stand-in that this transformers can have; to be read only."""
+    from model.tiny import write_tiny
+    from tests.helpers import KINDS
+
+    root = tmp_path_factory.mktemp("stand-ins")
+    for kind in KINDS:
+        write_tiny(kind, root / kind)
+    return {kind: root / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(stand_ins):
+    """{kind: tokenizer} of the same."""
+    from common.tokenization import load_tokenizer
+
+    return {kind: load_tokenizer(str(directory)) for kind, directory in stand_ins.items()}

@@ -142,10 +142,10 @@ EVALUATE = "python tutorial/evaluate.py --model-name-or-path adapter --max-new-t
         (
             signal.SIGTERM,
             f"{TRAIN} --save-dir adapter",
-            "/tokenizer_config.json",
+            "/adapter/tokenizer_config.json",
             {"training_log.jsonl", "training_loss.png"},
         ),
-        (signal.SIGTERM, MERGE, "/tokenizer_config.json", set()),
+        (signal.SIGTERM, MERGE, "/merged/tokenizer_config.json", set()),
         (signal.SIGTERM, EVALUATE, "/evaluation.json", set()),
         (signal.SIGTERM, f"{DOWNLOAD} --tiny --save-dir new", "/new/tokenizer.json", set()),
         (signal.SIGHUP, f"{DOWNLOAD} --tiny --save-dir new", "/new/config.json", set()),

@@ -16,20 +16,9 @@ from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model, save_model
 from model.result import TOKENIZER_FILES, complete_config, save_tokenizer
-from model.tiny import write_tiny
+from tests.helpers import KINDS
 
 CPU = torch.device("cpu")
-OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 43)  # has no Llama 3.1
-KINDS = ["llama2", "llama3", "llama3_1", "mistral", "gpt", "smollm2"]
-KINDS = [kind for kind in KINDS if not (OLD and kind == "llama3_1")]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    root = tmp_path_factory.mktemp("bases")
-    for kind in KINDS:
-        write_tiny(kind, root / kind)
-    return root
 
 
 def read(path):
@@ -48,9 +37,9 @@ def saved(base, to, how):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_has_each_key_of_the_base_with_its_value(kind, bases, tmp_path):
+def test_the_result_has_each_key_of_the_base_with_its_value(kind, stand_ins, tmp_path):
     base, result = (
-        read(place / "config.json") for place in (bases / kind, saved(bases / kind, tmp_path / "r", "full"))
+        read(place / "config.json") for place in (stand_ins[kind], saved(stand_ins[kind], tmp_path / "r", "full"))
     )
     base.pop("transformers_version", None)
     base.pop("_name_or_path", None)
@@ -61,23 +50,23 @@ def test_the_result_has_each_key_of_the_base_with_its_value(kind, bases, tmp_pat
 
 @pytest.mark.parametrize("how", ["full", "adapter", "merged"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_tokenizers_files_are_the_bases_byte_for_byte(kind, how, bases, tmp_path):
-    result = saved(bases / kind, tmp_path / "r", how)
+def test_the_tokenizers_files_are_the_stand_ins_byte_for_byte(kind, how, stand_ins, tmp_path):
+    result = saved(stand_ins[kind], tmp_path / "r", how)
     for name in TOKENIZER_FILES:
-        there = (bases / kind / name).is_file()
+        there = (stand_ins[kind] / name).is_file()
         assert there == (result / name).is_file(), name
-        assert not there or (bases / kind / name).read_bytes() == (result / name).read_bytes(), name
+        assert not there or (stand_ins[kind] / name).read_bytes() == (result / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_result_of_a_result_keeps_them(kind, bases, tmp_path):
+def test_a_result_of_a_result_keeps_them(kind, stand_ins, tmp_path):
     """As transformers 5 saves it, and without the old keys: they are made of the new ones."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     new = tmp_path / "as transformers saves it"
-    AutoModelForCausalLM.from_pretrained(bases / kind, torch_dtype="auto").save_pretrained(new)
-    AutoTokenizer.from_pretrained(bases / kind).save_pretrained(new)
-    base, result = read(bases / kind / "config.json"), read(saved(new, tmp_path / "r", "full") / "config.json")
+    AutoModelForCausalLM.from_pretrained(stand_ins[kind], torch_dtype="auto").save_pretrained(new)
+    AutoTokenizer.from_pretrained(stand_ins[kind]).save_pretrained(new)
+    base, result = read(stand_ins[kind] / "config.json"), read(saved(new, tmp_path / "r", "full") / "config.json")
     for key in ("rope_theta", "torch_dtype"):
         assert result.get(key) == base.get(key), key
     scaling = base.get("rope_scaling") or {}
@@ -123,8 +112,8 @@ def test_rope_of_each_kind_of_layer(tmp_path):
     assert config["rope_scaling"] == {"type": "linear", "factor": 8.0}
 
 
-def test_a_tokenizer_to_which_something_was_added_is_saved_as_it_is_now(bases, tmp_path):
-    tokenizer = load_tokenizer(str(bases / "llama3"))
+def test_a_tokenizer_to_which_something_was_added_is_saved_as_it_is_now(stand_ins, tmp_path):
+    tokenizer = load_tokenizer(str(stand_ins["llama3"]))
     tokenizer.add_tokens(["velmora"])
     (tmp_path / "new").mkdir()
     save_tokenizer(tokenizer, tmp_path / "new")

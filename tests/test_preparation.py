@@ -13,21 +13,9 @@ import pytest
 
 from common.cutting import encodings, fit
 from common.preparation import Encoder, encoded_chunks
-from common.tokenization import load_tokenizer
 from dataset.templates import alpaca, instruction, summarization
-from model.tiny import write_tiny
 from tests.conftest import start
-from tests.helpers import PREPARE, SAMPLE, contents, rows_of, tells
-
-KINDS = ["llama2", "llama3", "mistral", "gpt", "smollm2"]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("tokenizers")
-    for kind in KINDS:
-        write_tiny(kind, root / kind)
-    return {kind: load_tokenizer(str(root / kind)) for kind in KINDS}
+from tests.helpers import KINDS, PREPARE, SAMPLE, contents, rows_of, tells
 
 
 def plain_fit(tokenizer, pieces, limit):

@@ -14,17 +14,15 @@ import pytest
 import sentencepiece
 import tokenizers as tokenizers_package
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import UserError
 from model import tiny
 from model.tiny import write_tiny
+from tests.helpers import HAS_LLAMA3_1, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD_TOKENIZERS = tuple(map(int, tokenizers_package.__version__.split(".")[:3])) < (0, 20, 1)  # its pull request 1640
-HAS_LLAMA3_1 = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 43)
-KINDS = ["llama2", "mistral", "llama3", "gpt", "smollm2"] + (["llama3_1"] if HAS_LLAMA3_1 else [])
 TEXTS = [
     "Hi!",
     "안녕하세요! 오늘은 뭐 먹을까요? 뷁, 쀍.",

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-import transformers
 
 from common import UserError
 from common.tokenization import Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.tiny import write_tiny
+from tests.helpers import KINDS
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 DATA = {
@@ -22,16 +22,7 @@ DATA = {
     "llama3_1": (korean_alpaca, "korean_safe_conversation"),
     "smollm2": (alpaca, "python_code_instructions_18k_alpaca"),
 }
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 43):  # it doesn't know Llama 3.1, nor its stand-in
-    del DATA["llama3_1"]
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    for kind in DATA:
-        write_tiny(kind, root / kind)
-    return {kind: load_tokenizer(str(root / kind)) for kind in DATA}
+DATA = {kind: data for kind, data in DATA.items() if kind in KINDS}
 
 
 def rows_of(kind):
