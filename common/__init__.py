@@ -25,7 +25,8 @@ class UserError(Exception):
     """A mistake that the reader can mend. The message is one line: what is wrong, why, what to do next."""
 
 
-INTERRUPTED = "\nInterrupted: nothing more is written. Run the same command to start again."
+# what to do after Ctrl-C: common.checkpoints writes down from where a training goes on
+after_interrupt = ["Run the same command to start again."]
 CLOSED_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ends
 
 
@@ -129,18 +130,22 @@ def _one_line(kind, error, traceback):
     elif isinstance(error, SystemExit):
         sys.exit(error.code)
     elif isinstance(error, KeyboardInterrupt):
-        print(INTERRUPTED, file=sys.stderr)
+        _tell_interrupted()
         if kind is not KeyboardInterrupt:  # else Python itself ends as Ctrl-C ends a program
             sys.exit(130)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
+def _tell_interrupted():
+    print(f"\nInterrupted: nothing more is written. {after_interrupt[0]}", file=sys.stderr)
+
+
 def _stop(number, _):
     """Leave by an exception, so that the clean-up runs, and nothing else: `timeout` sends SIGTERM twice."""
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
-    atexit.register(print, INTERRUPTED, file=sys.stderr)  # not here, where a line may be half-written
+    atexit.register(_tell_interrupted)  # not here, where a line may be half-written
     sys.exit(128 + number)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -63,6 +65,29 @@ def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
         flush(path.parent)
 
 
+def remove_scratch(directory: Path) -> None:
+    """Remove what a process that was killed in `written_whole` has left beside and in a directory of ours."""
+    name = re.escape(Path(os.path.realpath(directory)).name)
+    ours = re.compile(rf"\.({name}|new|checkpoint-\d+|training_loss\.png)\.[a-z0-9_]{{8}}")
+    for place in (Path(os.path.realpath(directory)), Path(os.path.realpath(directory)).parent):
+        for path in place.glob(".*"):
+            if ours.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def weights_fingerprint(model_dir: str) -> str:
+    """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
+    digest = hashlib.sha256()
+    files = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 1024)):
+                file.seek(place)
+                digest.update(file.read(64))
+    return digest.hexdigest()[:16] if files else ""
+
+
 def flush(path: Path) -> None:
     """Wait until the file, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -96,6 +121,8 @@ def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
                 old.unlink()
         for name in sorted(names, key=lambda name: name.endswith("config.json")):
             os.replace(Path(inside) / name, path / name)
+    for old in [old for old in path.iterdir() if old.is_dir() and is_stale(old.name)]:
+        shutil.rmtree(old)
 
 
 def _link(old: Path, new: Path) -> None:

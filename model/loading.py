@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from common import UserError, cause_of, is_out_of_memory, reason_of
 from common.accelerator import room_for
+from common.checkpoint_files import checkpoints_in
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
 from model.adapters import add_lora, load_adapter, save_adapter
@@ -170,7 +171,9 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     """
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
-    with written_whole(save_dir, stale=OF_A_MODEL) as new:
+    # a run that is finished needs its checkpoints no more: they go in the step in which the model comes
+    checkpoints = [path.name for path in checkpoints_in(save_dir)] if run else []
+    with written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints)) as new:
         if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
             save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
         else:
