@@ -131,10 +131,6 @@ class Checkpoints:
         print(f"\n{line}", file=sys.stderr)
         sys.exit(128 + stop.number)
 
-    def last(self) -> str:
-        """For a message: which checkpoint is there."""
-        return f"{self.kept[0]} stays, from before it." if self.kept else ""
-
     def take_weights_of(self, step: int) -> bool:
         """Give the model the weights that it had after `step`, of which there is a checkpoint; whether it was whole."""
         path = self.directory / f"checkpoint-{step}"

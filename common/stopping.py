@@ -54,8 +54,12 @@ class Lock:
     """`directory` for this process alone, until it ends: a lock that the system takes from a process that is killed
     (https://man7.org/linux/man-pages/man2/flock.2.html). UserError, with who holds it, where another one does."""
 
+    held: set = set()  # by this process
+
     def __init__(self, directory: Path):
         self.path, self.made = directory / ".training.lock", not directory.exists()
+        if os.path.realpath(self.path) in self.held:  # a second training in a notebook
+            return
         directory.mkdir(parents=True, exist_ok=True)
         while True:
             self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -71,6 +75,7 @@ class Lock:
                 if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
                     break
             os.close(self.handle)  # its holder has removed it in the meantime
+        self.held.add(os.path.realpath(self.path))
         os.ftruncate(self.handle, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(

@@ -178,9 +178,11 @@ class Training:
             self.end(problem)
 
     def end(self, problem: str) -> None:
+        kept = self.checkpoints.kept
+        anew = f" and --restart ({kept[0]} is from before it)" if kept else ""
         raise UserError(
-            f"{problem}. Take a smaller --lr, or more --warmup-steps, with --restart; a single step that a strange row "
-            f"breaks is left out with --skip-nonfinite 1. {self.checkpoints.last()}".rstrip()
+            f"{problem}. Take a smaller --lr, or more --warmup-steps{anew}. Where one strange row breaks a step, "
+            "--skip-nonfinite 1 leaves it out."
         )
 
 
