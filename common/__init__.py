@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Optional
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 # options of the running script that save memory and are not taken yet: common.arguments writes them down
@@ -84,6 +85,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
+def full_disk(error: Optional[BaseException]) -> str:
+    """What is told of a disk that takes no more, as whatever library has put it; "" where that is not the reason."""
+    if error is None:
+        return ""
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+            return os.strerror(number)
+    inner = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    return next(filter(None, map(full_disk, inner)), "")  # torch: it failed because it failed
+
+
 def reason_of(error: BaseException) -> str:
     """What a library says of its error, in one line and not too long, as a part of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -117,7 +129,10 @@ def _one_line(kind, error, traceback):
         error = UserError(f"the memory is full ({' '.join(str(error).split())[:120]}). {helps}")
     elif isinstance(error, ModuleNotFoundError) and error.name and brought_by(error.name):
         error = UserError(missing_package(error.name))
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    elif kind is not UserError and full_disk(error):
+        what = getattr(error, "filename", None) or "a file"
+        error = UserError(f"can't write {what}: {full_disk(error)}. Free some space, or choose another place for it.")
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
     elif issubclass(kind, RuntimeError) and "without overflow" in str(error):
         # where AdamW isn't fused (on a CPU before torch 2.4) it refuses such a step, and makes no inf of it

@@ -7,6 +7,7 @@ follow from the step, so that no data is gone through again. How it lies on the 
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 import uuid
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import List
 
-from common import UserError, after_interrupt, reason_of
+from common import UserError, after_interrupt, full_disk, reason_of
 from common.checkpoint_files import (
     checkpoints_in,
     damage_of,
@@ -23,7 +24,7 @@ from common.checkpoint_files import (
     remove_checkpoint,
     write_checkpoint,
 )
-from common.files import remove_scratch, require_room, weights_fingerprint
+from common.files import remove_scratch, weights_fingerprint
 from common.model_directory import RUN
 from common.state import State, other_options, other_run
 from common.stopping import Lock, StopRequest
@@ -105,8 +106,11 @@ class Checkpoints:
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
             if not self.told:
+                from tqdm import tqdm
+
+                reason = full_disk(error) or reason_of(error)
                 stays = f"{self.kept[0]} stays" if self.kept else "there is none yet"
-                print(f"{path} could not be written ({reason_of(error)}): {stays}, the training goes on.", flush=True)
+                tqdm.write(f"{path} could not be written ({reason}): {stays}, the training goes on.")
             self.told = True
             return False
         finally:
@@ -117,7 +121,7 @@ class Checkpoints:
         for other in late + [other for other in self.others if other != path]:
             remove_checkpoint(other)
         self.kept, self.others = [other for other in self.kept if other not in late], []
-        after_interrupt[:] = [f"Run the same command to go on from step {state.step}."]
+        self._tell_what_follows(state.step)
         return True
 
     def leave(self, state: State, stop: StopRequest) -> None:
@@ -162,9 +166,9 @@ class Checkpoints:
             self.facts, self.run = facts, facts["run"]
             self.kept = [path] + [p for p in self.others if p != path and facts_of(p)["run"] == self.run]
             self.others = [other for other in self.others if other not in self.kept]
-            step = facts["state"]["step"]
+            step, self.what = facts["state"]["step"], facts
             print(f"Continuing from step {step} of {facts['steps']}: {path}", flush=True)
-            after_interrupt[:] = [f"Run the same command to go on from step {step}."]
+            self._tell_what_follows(step)
             return
         raise UserError(f"{problem}, so that nothing can go on from it. To begin anew: --restart.")
 
@@ -175,17 +179,25 @@ class Checkpoints:
                 "--restart to begin anew."
             )
 
+    def _tell_what_follows(self, step: int) -> None:
+        what = "to save the model" if step == self.what["steps"] else f"to go on from step {step}"
+        after_interrupt[:] = [f"Run the same command {what}."]
+
     def _require_room(self) -> None:
         numbers = sum(weight.numel() for weight in self._weights().values())
         size = numbers * (4 + (2 if "8bit" in type(self.optimizer).__name__ else 8))  # AdamW has two states a weight
-        needed = size * (self.args.save_total_limit + 1 + self.args.keep_best - len(self.kept + self.others))
-        try:
-            require_room(needed, self.directory, "What checkpoints need")
-        except UserError as error:
-            if self.args.save_steps or self.args.keep_best:
-                raise
-            print(f"{error} This run keeps no checkpoints: cut, it would start again.", flush=True)
-            self.none = True
+        new = self.args.save_total_limit + 1 + self.args.keep_best - len(self.kept + self.others)
+        free = shutil.disk_usage(self.directory).free
+        if new * size <= free:
+            return
+        line = (
+            f"The disk of {self.directory} has no room for {new} checkpoints of {size / 1e9:.1f} GB: "
+            f"{(new * size - free) / 1e9:.1f} GB are missing."
+        )
+        if self.args.save_steps or self.args.keep_best:
+            raise UserError(f"{line} Free them, give another --save-dir, or leave out --save-steps and --keep-best.")
+        print(f"{line} This run writes none, so what it does is lost where it is cut.", flush=True)
+        self.none = True
 
     def _is_written(self, state: State) -> bool:
         return bool(self.kept) and self.kept[0].name == f"checkpoint-{state.step}"

@@ -159,7 +159,7 @@ def test_gradients_are_clipped_to_the_norm(directory, tmp_path, monkeypatch):
     run(directory, tmp_path, max_grad_norm=0.01)
     assert len(norms) == 7 and all(norm <= 0.0101 for norm in norms)
     run(directory, tmp_path, max_grad_norm=0.0)  # measured, and not clipped
-    assert norms[7:] == [pytest.approx(norm) for norm, _ in limits[7:]] and len(norms) == 14
+    assert norms[7:] == [pytest.approx(norm, rel=1e-4) for norm, _ in limits[7:]] and len(norms) == 14
 
 
 def test_norms_and_biases_do_not_decay(directory, tmp_path):
