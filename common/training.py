@@ -8,7 +8,7 @@ from typing import Callable, List, Optional
 import torch
 from torch import nn
 
-from common import UserError, is_out_of_memory
+from common import UserError, is_out_of_memory, less_memory
 from common.accelerator import Accelerator
 from common.batching import Batches
 from common.checkpoints import Checkpoints
@@ -132,7 +132,10 @@ class Training:
                 self.stop.check()
             return total
         except (RuntimeError, MemoryError) as error:
-            if not (is_out_of_memory(error) and self.batches.make_smaller(rows)):
+            if not is_out_of_memory(error):
+                raise
+            if not self.batches.make_smaller(rows):  # each row is alone already
+                less_memory[:] = [option for option in less_memory if option != "--micro-batch-tokens"]
                 raise
         tokens = self.state.micro_batch_tokens = self.held_out.micro_batch_tokens = self.batches.micro_batch_tokens
         self.log.say(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
