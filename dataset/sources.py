@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
@@ -70,9 +72,14 @@ class HoldOut:
 
     def __iter__(self) -> Iterator[dict]:
         last = HOLD_OUT_EVERY * HOLD_OUT_AT_MOST
-        for number, row in enumerate(self.rows, 1):
+        for number, row in enumerate(islice(self.rows, last) if self.held_out else self.rows, 1):
             if (number % HOLD_OUT_EVERY == 0 and number <= last) == self.held_out:
                 yield row
+
+    def __length_hint__(self) -> int:
+        rows = length_hint(self.rows)
+        held_out = min(rows // HOLD_OUT_EVERY, HOLD_OUT_AT_MOST)
+        return held_out if self.held_out else rows - held_out
 
 
 class HubRows:
