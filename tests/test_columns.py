@@ -190,6 +190,19 @@ def test_a_template_that_fails_is_said_with_its_row():
         assert said in complaint({"n": 3}, template)
 
 
+def test_a_template_takes_text_out_of_a_list(tmp_path, tokenizers):
+    def chat(row):
+        return Example(["", row["messages"][0]["content"], "\n"], row["messages"][1]["content"])
+
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    lines = [json.dumps({"messages": some}) + "\n" for some in (talk, [talk[0], {"content": None}], talk[:1])]
+    (tmp_path / "chat.jsonl").write_text("".join(lines))
+    rows = list(FileRows(tmp_path / "chat.jsonl"))
+    assert encode_rows(rows[:2], chat, tokenizers["smollm2"], 64)[1]["dropped"] == 1
+    with pytest.raises(UserError, match=r"chat\.jsonl, line 3: the template chat fails in .*IndexError"):
+        encode_rows(rows, chat, tokenizers["smollm2"], 64)
+
+
 # ------------------------------------------------------------------------------------------------ nothing to learn
 
 
