@@ -36,14 +36,17 @@ def prepare_arguments(description: str, **defaults) -> argparse.Namespace:
     add("--block-size", type=COUNT, help="tokens of a row at most")
     add("--save-path", help="the dataset file to write")
     renamed = "names that the template asks for, and those of your columns: instruction=question output=answer"
-    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=renamed)
+    add("--columns", nargs="+", action="extend", default=[], metavar="NAME=COLUMN", help=renamed)
     add("--show", type=COUNT_OR_NONE, default=0, help="rows to print first, as the model will see them")
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     for pair in args.columns:
         if not all(pair.partition("=")):
             parser.error(f"--columns {pair}: give NAME=COLUMN, the template's name and that of your data")
-    args.columns = dict(pair.split("=", 1) for pair in args.columns)
+    columns = dict(pair.split("=", 1) for pair in args.columns)
+    if len(columns) < len(args.columns):
+        parser.error(f"--columns {' '.join(args.columns)}: a name is there twice; give it once")
+    args.columns = columns
     path = Path(args.save_path)
     if path.is_dir():
         raise UserError(f"{path} is a directory, so no dataset file can have that name. Give another --save-path.")
