@@ -35,9 +35,11 @@ class StopRequest:
             self.before = {number: signal.signal(number, self._hear) for number in numbers}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.number and kind is None:  # it came after the last `check`
+            os.kill(os.getpid(), self.number)
 
     def _hear(self, number, _) -> None:
         if self.number and number == signal.SIGINT:

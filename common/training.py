@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, List, Optional
+from typing import List, Optional
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from common.checkpoints import Checkpoints
 from common.finite import Finite, require_finite_weights
 from common.optimizer import learning_rate
 from common.progress import Clock, TrainingLog, facts_of_run
+from common.state import State
 from common.stopping import Stopped, StopRequest
 
 
@@ -45,10 +46,9 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
                     log.best(state.best_step, state.best_loss)
                 log.draw()
         except Stopped:
-            optimizer.zero_grad(set_to_none=True)  # of the step under way, which is dropped
-            accelerator.set_random_states(training.random)
-            state.loss_sum, state.seconds = training.loss_sum.item(), training.clock.seconds()
-            checkpoints.leave(state, training.stop)
+            training.drop_step()
+            training.require_finite()
+            checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
@@ -93,9 +93,7 @@ class Training:
         label_tokens = int(self.batches.label_counts[rows].sum())
         loss_sum = self.gradients(rows, label_tokens)
         while loss_sum is None:  # the memory was too small, the micro-batches are smaller now
-            self.optimizer.zero_grad(set_to_none=True)
-            self.accelerator.set_random_states(self.random)
-            self.accelerator.release_memory()
+            self.drop_step()
             loss_sum = self.gradients(rows, label_tokens)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm or math.inf)
@@ -172,8 +170,18 @@ class Training:
         with self.clock.paused():
             self.require_finite()
             require_finite_weights(self.trained)
-            self.state.loss_sum, self.state.seconds = self.loss_sum.item(), self.clock.seconds()
-            return self.checkpoints.write(self.state, self.stop)
+            return self.checkpoints.write(self.up_to_date(), self.stop)
+
+    def drop_step(self) -> None:
+        """As if the step under way had not been begun."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.set_random_states(self.random)
+        self.accelerator.release_memory()
+
+    def up_to_date(self) -> State:
+        """The state with what the loop keeps elsewhere: a tensor on the device, a clock that runs."""
+        self.state.loss_sum, self.state.seconds = self.loss_sum.item(), self.clock.seconds()
+        return self.state
 
     def require_finite(self) -> None:
         problem = self.finite.late()
@@ -190,16 +198,10 @@ class Training:
 
 
 @torch.no_grad()
-def total_loss(
-    model: nn.Module,
-    batches: Batches,
-    rows: List[int],
-    accelerator: Accelerator,
-    after_each: Callable[[], None] = lambda: None,
-) -> float:
+def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
     """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients.
 
-    after_each: called after each micro-batch; where it raises, the model is as before."""
+    after_each is called after each micro-batch; where it raises, the model is as before."""
     was_training = model.training
     model.eval()
     total = 0.0

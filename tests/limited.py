@@ -3,8 +3,8 @@
     python tests/limited.py files 100000 tutorial/train_llama3.py --batch-size 8 ...
     python tests/limited.py memory 100000000 tutorial/train_llama3.py --batch-size 64 ...
 
-The system refuses what is more (https://man7.org/linux/man-pages/man2/setrlimit.2.html), as a full disk or a full memory
-does: nothing is put in the place of anything.
+The system refuses what is more, as a full disk or a full memory does: nothing is put in the place of anything
+(https://man7.org/linux/man-pages/man2/setrlimit.2.html).
 """
 
 from __future__ import annotations
