@@ -97,6 +97,15 @@ def full_disk(error: Optional[BaseException]) -> str:
     return next(filter(None, map(full_disk, inner)), "")  # torch: it failed because it failed
 
 
+def without_secrets(text: str) -> str:
+    """`text` without the reader's token of the hub, wherever it came from, and without whatever looks like one."""
+    words = [word[len("--token=") :] for word in sys.argv if word.startswith("--token=")]
+    words += [after for word, after in zip(sys.argv, sys.argv[1:]) if word == "--token"]
+    for token in filter(None, [*words, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]):
+        text = text.replace(token, "***")
+    return re.sub(r"\bhf_\w{8,}", "***", text)
+
+
 def reason_of(error: BaseException) -> str:
     """What a library says of its error, in one line and not too long, as a part of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__
@@ -139,7 +148,7 @@ def _one_line(kind, error, traceback):
         # where AdamW isn't fused (on a CPU before torch 2.4) it refuses such a step, and makes no inf of it
         error = UserError("The training broke: a step is beyond float32. Take a smaller --lr, or more --warmup-steps.")
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     elif isinstance(error, BrokenPipeError):
         sys.exit(CLOSED_PIPE)
@@ -150,7 +159,10 @@ def _one_line(kind, error, traceback):
         if kind is not KeyboardInterrupt:  # else Python itself ends as Ctrl-C ends a program
             sys.exit(130)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        import traceback as of_python
+
+        lines = of_python.format_exception(kind, error, traceback)
+        print(without_secrets("".join(lines)), end="", file=sys.stderr)
 
 
 def _tell_interrupted():

@@ -47,7 +47,7 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
                 log.draw()
         except Stopped:
             training.drop_step()
-            training.require_finite()
+            training.end_at(training.finite.late())
             checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
     print("Training Done")
@@ -99,9 +99,9 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm or math.inf)
         may_skip = state.skipped < args.skip_nonfinite
         problem = self.finite.look(number, loss_sum / label_tokens, norm, at_once=may_skip)
-        if problem and not may_skip:
-            self.end(problem)
-        elif problem:
+        if problem:
+            if not may_skip:
+                self.end_at(problem)
             state.skipped += 1
             self.log.skipped(number, problem)
         else:
@@ -150,7 +150,7 @@ class Training:
         # from here to the end nothing stops it: what has been told is not told again
         if state.label_tokens and (step % args.log_interval == 0 or last):
             loss = self.loss_sum.item() / state.label_tokens
-            self.require_finite()
+            self.end_at(self.finite.late())
             lr = learning_rate(step, self.total_steps, args.lr, args.warmup_steps, args.lr_scheduler)
             self.log.training_loss(step, loss, self.clock.seconds(), state.tokens, lr)
             self.loss_sum.zero_()
@@ -168,7 +168,7 @@ class Training:
     def write_checkpoint(self) -> bool:
         """Whether there is one now; of numbers only, so that the one before stays where the training has broken."""
         with self.clock.paused():
-            self.require_finite()
+            self.end_at(self.finite.late())
             require_finite_weights(self.trained)
             return self.checkpoints.write(self.up_to_date(), self.stop)
 
@@ -183,12 +183,10 @@ class Training:
         self.state.loss_sum, self.state.seconds = self.loss_sum.item(), self.clock.seconds()
         return self.state
 
-    def require_finite(self) -> None:
-        problem = self.finite.late()
-        if problem:
-            self.end(problem)
-
-    def end(self, problem: str) -> None:
+    def end_at(self, problem: str) -> None:
+        """UserError where there is a problem, with what is left."""
+        if not problem:
+            return
         kept = self.checkpoints.kept
         anew = f" and --restart ({kept[0]} is from before it)" if kept else ""
         raise UserError(

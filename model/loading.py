@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from common import UserError, after_interrupt, cause_of, full_disk, is_out_of_memory, reason_of
+from common import UserError, after_interrupt, cause_of, full_disk, is_out_of_memory, reason_of, without_secrets
 from common.accelerator import room_for
 from common.checkpoint_files import checkpoints_in
 from common.files import require_room, written_whole
@@ -194,7 +194,8 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
     save_tokenizer(tokenizer, new)
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        (new / RUN).write_text(json.dumps(finished, indent=2, ensure_ascii=False), encoding="utf-8")
+        text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))
+        (new / RUN).write_text(text, encoding="utf-8")
     mode = min(new.glob("*config.json")).stat().st_mode
     for file in new.iterdir():
         file.chmod(mode)  # safetensors lets nobody else read its files
