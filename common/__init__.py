@@ -90,11 +90,16 @@ def full_disk(error: Optional[BaseException]) -> str:
     """What is told of a disk that takes no more, as whatever library has put it; "" where that is not the reason."""
     if error is None:
         return ""
+    inner = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    told = next(filter(None, map(full_disk, inner)), "")  # torch: it failed because it failed
+    if told:
+        return told
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
             return os.strerror(number)
-    inner = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
-    return next(filter(None, map(full_disk, inner)), "")  # torch: it failed because it failed
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
+        return os.strerror(errno.ENOSPC)  # torch.save does not tell why it could not write on
+    return ""
 
 
 def without_secrets(text: str) -> str:

@@ -99,12 +99,10 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def _dcp():
     """torch.distributed.checkpoint, where it works without a process group: in torch 2.2 and newer; else None."""
-    import torch.distributed
-
-    if not torch.distributed.is_available():
+    try:
+        import torch.distributed.checkpoint as dcp
+    except ImportError:  # before torch 2.0, and where torch was built without it
         return None
-    import torch.distributed.checkpoint as dcp
-
     return dcp if hasattr(dcp, "save") else None
 
 

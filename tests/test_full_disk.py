@@ -19,7 +19,9 @@ def test_without_room_for_a_checkpoint_the_training_goes_on_and_says_so_once(rea
     """The model, of 0.6 MB, has room, a checkpoint has not."""
     done = warm(f"{LIMITED} files 1000000 {TRAIN}", cwd=ready)
     (line,) = [line for line in done.stdout.splitlines() if "could not be written" in line]
-    assert "checkpoint-2 could not be written (File too large): there is none yet, the training goes on." in line
+    assert "checkpoint-2 could not be written (" in line
+    assert "(File too large)" in line or "(No space left on device)" in line  # torch.save does not tell
+    assert line.endswith(": there is none yet, the training goes on.")
     cut = weights(ready / SAVED)
     assert not [path for path in (ready / SAVED).iterdir() if "checkpoint" in path.name]
     warm(f"python {TRAIN}", cwd=ready)
@@ -78,8 +80,9 @@ def test_a_full_memory_halves_the_micro_batches_and_nothing_of_the_result(adapte
 
 
 def test_a_memory_too_small_for_one_row_ends_with_the_options_that_help(ready, warm):
-    command = "tutorial/train_llama3.py --batch-size 8 --max-train-steps 3 --eval-rows 0 --micro-batch-tokens 512"
-    done = warm(f"{LIMITED} memory 1000000 {command}", cwd=ready, ok=None)
-    assert "--micro-batch-tokens is 256" in done.stdout
+    warm(f"{PREPARE} --dataset-name-or-path {SAMPLE} --block-size 2000", cwd=ready)
+    words = "--block-size 2000 --batch-size 8 --max-train-steps 3 --eval-rows 0 --micro-batch-tokens 4000"
+    done = warm(f"{LIMITED} memory 1000000 tutorial/train_llama3.py {words}", cwd=ready, ok=None)
+    assert "The memory is full: from here on --micro-batch-tokens is " in done.stdout
     tells(done, "memory is full", "--use-lora", "--gradient-checkpointing")
     assert "--micro-batch-tokens" not in error_of(done)
