@@ -45,7 +45,9 @@ def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
     """The optimizer's state by reference; a new one's is made first. Where torch can (2.2 and newer), by the names of
     the weights, so that another number of processes finds its part (torch.distributed.checkpoint.state_dict)."""
     by_name = _state_by_name()
-    return by_name.get_optimizer_state_dict(model, optimizer) if by_name else optimizer.state_dict()
+    if by_name:
+        return by_name.get_optimizer_state_dict(model, optimizer)
+    return {"state": optimizer.state_dict()["state"]}  # tensors only: torch 1.13 reads nothing else as safely
 
 
 def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict) -> None:
@@ -54,7 +56,7 @@ def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict) -
     if by_name:
         by_name.set_optimizer_state_dict(model, optimizer, state)
     else:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict({**optimizer.state_dict(), **state})
 
 
 def _state_by_name():
