@@ -80,7 +80,7 @@ def require_package(package: str, least: tuple, what: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory, or the main memory, had no room: torch says so in several ways."""
-    words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory", "bad_alloc")
+    words = ("out of memory", "DefaultCPUAllocator", "an't allocate memory", "annot allocate memory", "bad_alloc")
     words += ("could not create a primitive", "could not create a memory")  # oneDNN's
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"

@@ -18,19 +18,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def limit_memory(more: int) -> None:
-    """From the first micro-batch on."""
-    from common import training
+    """While gradients are computed: to what there was at the first of them, and so much more."""
+    from common.training import Training
 
-    forward = training.forward
+    gradients, limits = Training.gradients, []
 
     def limited(*args):
-        training.forward = forward
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + more
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        return forward(*args)
+        limits.append(pages * resource.getpagesize() + more)
+        resource.setrlimit(resource.RLIMIT_AS, (limits[0], resource.RLIM_INFINITY))
+        try:
+            return gradients(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    training.forward = limited
+    Training.gradients = limited
 
 
 if __name__ == "__main__":
