@@ -95,7 +95,8 @@ def full_disk(error: Optional[BaseException]) -> str:
     if told:
         return told
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        if getattr(error, "errno", None) == number or f"(os error {number})" in str(error):
+        told = re.search(rf"\(os error {number}\)|Os {{ code: {number},", str(error))  # of Rust's libraries
+        if told or getattr(error, "errno", None) == number:
             return os.strerror(number)
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
         return os.strerror(errno.ENOSPC)  # torch.save does not tell why it could not write on

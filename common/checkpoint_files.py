@@ -73,7 +73,8 @@ def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
         else:
             import torch
 
-            torch.save(tensors, new / TENSORS)
+            # the writer of zip files aborts the process where the disk is full, in torch 1.13
+            torch.save(tensors, new / TENSORS, _use_new_zipfile_serialization=False)
         files = {path.name: _digest(path) for path in sorted(new.iterdir())}
         facts = {"format": FORMAT, "version": VERSION, "stored_by": _stored_by(), **facts, "files": files, "sha256": ""}
         facts["sha256"] = digest_of_meta(facts)
