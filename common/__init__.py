@@ -95,7 +95,8 @@ def full_disk(error: Optional[BaseException]) -> str:
     if told:
         return told
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        told = re.search(rf"\(os error {number}\)|Os {{ code: {number},", str(error))  # of Rust's libraries
+        words = rf"\(os error {number}\)|Os {{ code: {number},|failed with {os.strerror(number)}"  # Rust's, torch's
+        told = re.search(words, str(error))
         if told or getattr(error, "errno", None) == number:
             return os.strerror(number)
     if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
