@@ -164,7 +164,7 @@ class Checkpoints:
             if problem:
                 print(f"{problem}: {path}, the one before it, is taken.")
             self.facts, self.run = facts, facts["run"]
-            self.kept = [path] + [p for p in self.others if p != path and facts_of(p)["run"] == self.run]
+            self.kept = [path] + [p for p in self.others if p != path and facts_of(p).get("run") == self.run]
             self.others = [other for other in self.others if other not in self.kept]
             step = facts["state"]["step"]
             print(f"Continuing from step {step} of {facts['steps']}: {path}", flush=True)

@@ -47,7 +47,7 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
         except Stopped:
             optimizer.zero_grad(set_to_none=True)  # of the step under way, which is dropped
             accelerator.set_random_states(training.random)
-            state.seconds = training.clock.seconds()
+            state.loss_sum, state.seconds = training.loss_sum.item(), training.clock.seconds()
             checkpoints.leave(state, training.stop)
     print(accelerator.memory())
     print("Training Done")
