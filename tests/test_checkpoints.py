@@ -243,6 +243,18 @@ def test_stopped_in_the_last_checkpoint(number, small, warm):
     stopped(done, number, 7)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_while_the_model_is_saved(number, small, warm, never_cut):
+    """What was there stays, the last step's checkpoint too, and the line says where it goes on."""
+    done = train(warm, small, FULL, cut=f"{int(number)} open:/run.json 7.1")
+    assert done.returncode in (128 + number, -2) and "Traceback" not in done.stderr
+    last = "Interrupted: nothing more is written. Run the same command to go on from step 7."
+    assert done.stderr.splitlines()[-1] == last
+    assert checkpoints(small) == [7] and not scratch(small) and not (small / SAVED / "run.json").exists()
+    assert went_on(train(warm, small, FULL)) == 7
+    same_result(small, never_cut(KINDS["full"]))
+
+
 def test_sigterm_twice(small, warm, never_cut):
     """The second comes while the checkpoint for the first one is written."""
     again = "15 open:checkpoint.json 6.1 15 shutil.rmtree:checkpoint-5 6.1"
