@@ -41,6 +41,7 @@ from tests.helpers import (
     error_of,
     needs_bitsandbytes,
     needs_float16,
+    records,
     tells,
 )
 
@@ -162,6 +163,18 @@ def test_killed_in_every_third_step(small, warm, never_cut):
         killed(done)
     assert begins == [0, 2, 4, 6]
     same_result(small, never_cut(KINDS["full"]))
+
+
+def test_the_seconds_of_a_log_line_go_on(cut_copy, warm):
+    """Those of the steps before the cut count too, and no others."""
+    path = cut_copy / SAVED / "checkpoint-4" / "checkpoint.json"
+    shutil.rmtree(cut_copy / SAVED / "checkpoint-6")
+    state = json.loads(path.read_text())["state"]
+    assert 0 < state["seconds"] < 60 and state["tokens"] > 0
+    sign(path, state={**state, "seconds": 1000.0})
+    assert went_on(train(warm, cut_copy, FULL)) == 4
+    durations = {record["step"]: record["duration"] for record in records(cut_copy / SAVED) if "duration" in record}
+    assert 1000 < durations[6] < 1060 and 0 < durations[7] < 60
 
 
 def test_checkpoints_of_each_step_change_nothing(small, warm, never_cut):
