@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import List
 
+from common import UserError
 from common.dataset_check import digest_of_meta
 from common.files import written_whole
 
@@ -28,9 +30,16 @@ PIECE = 2**24  # bytes that are hashed at once
 
 
 def checkpoints_in(directory) -> List[Path]:
-    """Those of this format in `directory`, the newest first: by the time of writing, for --restart begins at 0."""
-    ours = [path for path in Path(directory).glob("checkpoint-*") if facts_of(path)]
-    return sorted(ours, key=lambda path: facts_of(path)["time"], reverse=True)
+    """Those of this format in `directory`, the newest first: by the time of writing, for --restart begins at step 1.
+
+    First of all stand those whose JSON can't be read. Other trainers give the same names to theirs, which are not ours.
+    """
+
+    def ours(path: Path) -> bool:
+        return (path / FACTS).exists() or (path / TENSORS).exists() or any(path.glob("*.distcp"))
+
+    found = [path for path in Path(directory).glob("checkpoint-*") if ours(path)]
+    return sorted(found, key=lambda path: facts_of(path).get("time", math.inf), reverse=True)
 
 
 def facts_of(checkpoint: Path) -> dict:
@@ -64,7 +73,10 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
-    """Write it whole, or not at all. tensors: a nested dict; facts: whatever JSON holds."""
+    """Write it whole, or not at all. tensors: a nested dict; facts: whatever JSON holds. UserError where another
+    trainer's has the name."""
+    if checkpoint.exists() and checkpoint not in checkpoints_in(checkpoint.parent):
+        raise UserError("it is there, and is another trainer's")
     with written_whole(checkpoint, stale=("*",)) as new:
         new.mkdir()
         if _dcp():

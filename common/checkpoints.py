@@ -50,7 +50,7 @@ class Checkpoints:
         self.others = checkpoints_in(self.directory)  # of an earlier one, until the first new one is whole
         self.facts: dict = {}  # of the checkpoint from which the run goes on
         self.none, self.told, self.written = False, False, time.monotonic()
-        if not args.restart and any(self.directory.glob("checkpoint-*")):
+        if not args.restart and self.others:
             self._go_on()
         elif (self.directory / RUN).is_file():
             print(f"{self.directory} holds a finished run: this one begins anew.", flush=True)
@@ -152,9 +152,8 @@ class Checkpoints:
 
     def _go_on(self) -> None:
         """Find the newest one that is whole."""
-        unreadable = [path for path in self.directory.glob("checkpoint-*") if not facts_of(path)]
         problem = ""
-        for path in unreadable + self.others:
+        for path in self.others:
             damage = damage_of(path)
             facts = facts_of(path)
             if damage:

@@ -67,11 +67,12 @@ def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
 
 def remove_scratch(directory: Path) -> None:
     """Remove what a process that was killed in `written_whole` has left beside and in a directory of ours."""
-    name = re.escape(Path(os.path.realpath(directory)).name)
-    ours = re.compile(rf"\.({name}|new|checkpoint-\d+|training_loss\.png)\.[a-z0-9_]{{8}}")
-    for place in (Path(os.path.realpath(directory)), Path(os.path.realpath(directory)).parent):
+    directory = Path(os.path.realpath(directory))
+    names = {directory.parent: re.escape(directory.name), directory: r"checkpoint-\d+|training_loss\.png|new"}
+    names[directory] += f"|{names[directory.parent]}"
+    for place, name in names.items():
         for path in place.glob(".*"):
-            if ours.fullmatch(path.name) and path.is_dir():
+            if re.fullmatch(rf"\.({name})\.[a-z0-9_]{{8}}", path.name) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
 

@@ -46,7 +46,11 @@ def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
     the weights, so that another number of processes finds its part (torch.distributed.checkpoint.state_dict)."""
     by_name = _state_by_name()
     if by_name:
-        return by_name.get_optimizer_state_dict(model, optimizer)
+        made = not optimizer.state
+        state = by_name.get_optimizer_state_dict(model, optimizer)
+        for one in optimizer.state.values() if made else ():  # it is made by a step, which must not count
+            one["step"] = one["step"] * 0
+        return by_name.get_optimizer_state_dict(model, optimizer) if made else state
     return {"state": optimizer.state_dict()["state"]}  # tensors only: torch 1.13 reads nothing else as safely
 
 

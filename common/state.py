@@ -59,6 +59,6 @@ def other_run(facts: dict, now: dict, options: dict) -> List[str]:
         schedule, done = options["lr_scheduler"], facts["state"]["step"]
         if schedule != "constant":
             differ.append(f"{steps}, on which the {schedule} learning rate depends")
-        elif now["steps"] < done:
+        elif now["steps"] <= done:
             differ.append(f"{steps}, and {done} are done")
     return differ

@@ -41,13 +41,13 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
                     if state.step == training.total_steps:
                         break
                     training.step()
-                require_finite_weights(training.trained)  # which the very last step may have broken
+                training.require_numbers()  # which the very last step may have broken
                 if args.keep_best and state.best_step and checkpoints.take_weights_of(state.best_step):
                     log.best(state.best_step, state.best_loss)
                 log.draw()
         except Stopped:
             training.drop_step()
-            training.end_at(training.finite.late())
+            training.require_numbers()
             checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
     print("Training Done")
@@ -159,7 +159,7 @@ class Training:
         if held_out is not None:
             self.log.held_out_loss(step, held_out)
         state.reported = True
-        if args.keep_best and step and held_out is not None and held_out < (state.best_loss or math.inf):
+        if args.keep_best and step and held_out is not None and (state.best_loss is None or held_out < state.best_loss):
             before = state.best_step, state.best_loss
             state.best_step, state.best_loss = step, held_out
             if not self.write_checkpoint():
@@ -168,9 +168,12 @@ class Training:
     def write_checkpoint(self) -> bool:
         """Whether there is one now; of numbers only, so that the one before stays where the training has broken."""
         with self.clock.paused():
-            self.end_at(self.finite.late())
-            require_finite_weights(self.trained)
+            self.require_numbers()
             return self.checkpoints.write(self.up_to_date(), self.stop)
+
+    def require_numbers(self) -> None:
+        self.end_at(self.finite.late())
+        require_finite_weights(self.trained)
 
     def drop_step(self) -> None:
         """As if the step under way had not been begun."""
