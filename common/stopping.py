@@ -59,7 +59,7 @@ class Lock:
     held: set = set()  # by this process
 
     def __init__(self, directory: Path):
-        self.path, self.made = directory / ".training.lock", not directory.exists()
+        self.path, self.made, self.handle = directory / ".training.lock", not directory.exists(), None
         if os.path.realpath(self.path) in self.held:  # a second training in a notebook
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -80,10 +80,9 @@ class Lock:
         self.held.add(os.path.realpath(self.path))
         os.ftruncate(self.handle, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(
-            self.handle, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}).encode()
-        )
-        atexit.register(self._release)
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.write(self.handle, json.dumps(holder).encode())
+        atexit.register(self.release)
 
     def _holder(self) -> str:
         try:
@@ -92,8 +91,13 @@ class Lock:
         except (OSError, ValueError, KeyError, TypeError):  # it has just begun
             return "another process trains there"
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Leave the directory to others, before the process ends."""
+        if self.handle is None:
+            return
         with contextlib.suppress(OSError):
             os.unlink(self.path)
             if self.made:
                 os.rmdir(self.path.parent)  # only where nothing has come into it
+        os.close(self.handle)
+        self.handle = self.held.discard(os.path.realpath(self.path))

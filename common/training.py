@@ -38,6 +38,7 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
                         training.report()
                     if checkpoints.due(state):
                         training.write_checkpoint()
+                    training.stop.check()
                     if state.step == training.total_steps:
                         break
                     training.step()
@@ -63,10 +64,9 @@ class Training:
     """
 
     def __init__(self, model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints):
-        self.model, self.optimizer, self.args, self.accelerator = model, optimizer, args, accelerator
-        self.checkpoints = checkpoints
-        static_length = args.block_size if accelerator.static_shapes else 0
-        shape = 0, static_length, args.train_on_prompt
+        self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
+        self.args, self.accelerator = args, accelerator
+        shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt
         self.batches = Batches(dataset["train"], args.batch_size, *shape)
         self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)
         self.held_out_rows = list(range(min(args.eval_rows, len(self.held_out.lengths))))
@@ -81,8 +81,8 @@ class Training:
         self.random = accelerator.random_states()  # as the last finished step has left them
         self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
         self.finite = Finite(accelerator.device, self.scaler.is_enabled())
-        self.log = TrainingLog(args.save_dir, self.total_steps, self.state.step, self.state.records)
         self.stop = StopRequest()
+        self.log = TrainingLog(args.save_dir, self.total_steps, self.state.step, self.state.records)
         self.clock = Clock(accelerator, self.state.seconds)
 
     def step(self) -> None:
@@ -100,8 +100,7 @@ class Training:
         may_skip = state.skipped < args.skip_nonfinite
         problem = self.finite.look(number, loss_sum / label_tokens, norm, at_once=may_skip)
         if problem:
-            if not may_skip:
-                self.end_at(problem)
+            self.end_at("" if may_skip else problem)
             state.skipped += 1
             self.log.skipped(number, problem)
         else:
@@ -200,9 +199,8 @@ class Training:
 
 @torch.no_grad()
 def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
-    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients.
-
-    after_each is called after each micro-batch; where it raises, the model is as before."""
+    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients. `after_each`
+    micro-batch something is called; where it raises, the model is as before."""
     was_training = model.training
     model.eval()
     total = 0.0

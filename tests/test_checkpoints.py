@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import json
 import os
 import re
@@ -260,7 +259,7 @@ def test_stopped_while_the_model_is_saved(number, small, warm, never_cut):
     """What was there stays, the last step's checkpoint too, and the line says where it goes on."""
     done = train(warm, small, FULL, cut=f"{int(number)} open:/run.json 7.1")
     assert done.returncode in (128 + number, -2) and "Traceback" not in done.stderr
-    last = "Interrupted: nothing more is written. Run the same command to go on from step 7."
+    last = "Interrupted: nothing more is written. Run the same command to save the model."
     assert done.stderr.splitlines()[-1] == last
     assert checkpoints(small) == [7] and not scratch(small) and not (small / SAVED / "run.json").exists()
     assert went_on(train(warm, small, FULL)) == 7
@@ -414,9 +413,7 @@ def opened(args):
 
 def closed(holder):
     """What the end of the process does."""
-    atexit.unregister(holder.lock._release)
-    holder.lock._release()
-    os.close(holder.lock.handle)
+    holder.lock.release()
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -545,13 +542,10 @@ def foreign(folder, step):
 
 
 def test_another_trainer_s_checkpoint_stays(small, warm, never_cut):
-    """A run doesn't begin where one is without --restart; neither that nor a finished run takes it away."""
+    """It is none of ours: a run begins beside it, goes on beside it, and does not take it away when it has finished."""
     directory = foreign(small, 500)
     before = contents(directory)
-    refused = train(warm, small, FULL, ok=None)
-    tells(refused, "checkpoint-500", "--restart")
-    assert contents(directory) == before
-    killed(train(warm, small, f"{FULL} --restart", cut="9 -torch:Tensor.backward 5.1"))
+    killed(train(warm, small, FULL, cut="9 -torch:Tensor.backward 5.1"))
     assert checkpoints(small) == [4, 500] and contents(directory) == before
     assert went_on(train(warm, small, FULL)) == 4
     assert checkpoints(small) == [500] and contents(directory) == before
