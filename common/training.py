@@ -78,12 +78,11 @@ class Training:
         self.scaler = accelerator.gradient_scaler()
         self.state = checkpoints.begin(model, optimizer, self.scaler, accelerator, self.total_steps, dataset["sha256"])
         self.batches.micro_batch_tokens = self.held_out.micro_batch_tokens = self.state.micro_batch_tokens
+        self.stop, self.clock = StopRequest(), Clock(accelerator, self.state.seconds)
         self.random = accelerator.random_states()  # as the last finished step has left them
         self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
         self.finite = Finite(accelerator.device, self.scaler.is_enabled())
-        self.stop = StopRequest()
         self.log = TrainingLog(args.save_dir, self.total_steps, self.state.step, self.state.records)
-        self.clock = Clock(accelerator, self.state.seconds)
 
     def step(self) -> None:
         """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole
