@@ -64,7 +64,7 @@ def test_a_full_memory_halves_the_micro_batches_and_nothing_of_the_result(adapte
     words = f"--batch-size 64 --max-train-steps 3 --log-interval 1 --eval-rows 0 {adapter}"
     command = f"tutorial/train_llama3.py {words} --micro-batch-tokens 8192"
     full, tokens = r"The memory is full: from here on --micro-batch-tokens is (\d+)\.", []
-    for megabytes in range(100, 400, 15):  # how much it takes depends on the machine
+    for megabytes in range(10, 400, 10):  # how much it takes depends on the machine
         done = warm(f"{LIMITED} memory {megabytes}000000 {command}", cwd=ready, ok=None)
         tokens = re.findall(full, done.stdout.split("[Step 1/")[0])
         if done.returncode == 0 and tokens == re.findall(full, done.stdout):
