@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import resource
@@ -62,7 +63,8 @@ class Accelerator(NamedTuple):
             torch.cuda.synchronize()
 
     def release_memory(self) -> None:
-        """Give back what torch keeps for later, in pieces that may fit nothing."""
+        """Give back what a step that failed still holds in circles, and what torch keeps in pieces that fit nothing."""
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
