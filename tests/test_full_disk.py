@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers import PREPARE, SAMPLE, contents, error_of, records, tells, weights
+from tests.helpers import PREPARE, SAMPLE, contents, error_of, records, rows_of, tells, weights
 
 LIMITED = f"python {ROOT}/tests/limited.py"
 TRAIN = "tutorial/train_llama3.py --batch-size 8 --max-train-steps 6 --log-interval 3 --save-steps 2"
@@ -81,8 +81,11 @@ def test_a_full_memory_halves_the_micro_batches_and_nothing_of_the_result(adapte
 
 
 def test_a_memory_too_small_for_one_row_ends_with_the_options_that_help(ready, warm):
-    warm(f"{PREPARE} --dataset-name-or-path {SAMPLE} --block-size 2000", cwd=ready)
-    words = "--block-size 2000 --batch-size 8 --max-train-steps 3 --eval-rows 0 --micro-batch-tokens 4000"
+    article = " ".join(row["article"] for row in rows_of("train")[:8])
+    rows = [{"article": article, "highlights": "many articles"}] * 8
+    (ready / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    warm(f"{PREPARE} --dataset-name-or-path long.jsonl --block-size 8000", cwd=ready)
+    words = "--block-size 8000 --batch-size 2 --max-train-steps 3 --eval-rows 0 --micro-batch-tokens 16000"
     done = warm(f"{LIMITED} memory 1000000 tutorial/train_llama3.py {words}", cwd=ready, ok=None)
     assert "The memory is full: from here on --micro-batch-tokens is " in done.stdout
     tells(done, "memory is full", "--use-lora", "--gradient-checkpointing")
