@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from itertools import chain
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError, cause_of
-from common.cutting import encodings, fit
 from common.model_directory import positions_and_embeddings, require_directory
 from common.text import listed, not_text, text_of
 
@@ -67,6 +67,8 @@ def fingerprint(tokenizer) -> str:
 
 def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
     """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
+    from common.cutting import fit  # here, because a training has no use for it
+
     return fit(tokenizer, [example.prompt], [limit])[0][0]
 
 
@@ -80,10 +82,16 @@ def encode_rows(
     Counted are rows, tokens, dropped, prompts cut, answers cut. Raises UserError where a row lacks a column, and where
     a block has no room for an answer.
     """
+    from common.cutting import fit
+    from common.words import BEGIN, words_of
+
     examples = [_apply(template, row) for row in rows]
     answered = [example for example in examples if example.answer and example.answer.strip()]
     counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
-    answers = [encoding.ids for encoding in encodings(tokenizer, [example.answer for example in answered], False)]
+    words = words_of(tokenizer)
+    answers = [
+        list(chain.from_iterable(parts)) for parts in words.ids([words.units(BEGIN + one.answer) for one in answered])
+    ]
     limits = [block_size - len(answer) - 1 for answer in answers]
     encoded = []
     for answer, (prompt, cut) in zip(answers, fit(tokenizer, [example.prompt for example in answered], limits)):
