@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from itertools import chain
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError, cause_of
@@ -83,15 +82,14 @@ def encode_rows(
     a block has no room for an answer.
     """
     from common.cutting import fit
-    from common.words import BEGIN, words_of
+    from common.words import BEGIN, as_list, words_of
 
     examples = [_apply(template, row) for row in rows]
     answered = [example for example in examples if example.answer and example.answer.strip()]
     counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
     words = words_of(tokenizer)
-    answers = [
-        list(chain.from_iterable(parts)) for parts in words.ids([words.units(BEGIN + one.answer) for one in answered])
-    ]
+    parts = words.ids([words.units(BEGIN + example.answer) for example in answered])
+    answers = [as_list(b"".join(ids)) for ids in parts]
     limits = [block_size - len(answer) - 1 for answer in answers]
     encoded = []
     for answer, (prompt, cut) in zip(answers, fit(tokenizer, [example.prompt for example in answered], limits)):
