@@ -15,18 +15,20 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 EARLIER = "0131a7e"
 NEW_WORDS = 0.03
-FIGURES = "{:7.0f} rows/s {:7.1f} s {:7.1f} s of CPU {:7.0f} MB"
+FIGURES = "{:7.0f} rows/s {:7.1f} s {:7.1f} s of CPU {:7.0f} MB {:7.0f} MB without files"
 
 MAP = """
 import sys, datasets
@@ -81,28 +83,29 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def peak_of(process: subprocess.Popen, found: list) -> None:
-    """The most memory of a process and all below it at once, bytes, shared pages counted once."""
+    """The most memory of a process and all below it at once, bytes, shared pages counted once; `found` gets it with
+    the pages of mapped files, which the system may drop at any time, and without them."""
     import psutil
 
     while process.poll() is None:
-        total = 0
-        try:
+        total = [0, 0]
+        with suppress(psutil.Error, OSError):
             root = psutil.Process(process.pid)
             for one in [root, *root.children(recursive=True)]:
-                total += one.memory_full_info().pss
-        except psutil.Error:
-            pass
-        found[0] = max(found[0], total)
+                text = Path(f"/proc/{one.pid}/smaps_rollup").read_text()
+                sizes = {name: 1024 * int(size) for name, size in re.findall(r"(?m)^(\w+): +(\d+) kB", text)}
+                total = [total[0] + sizes["Pss"], total[1] + sizes["Pss"] - sizes["Pss_File"]]
+        found[:] = map(max, found, total)
         time.sleep(0.2)
 
 
 def measure(way: str, model: str, rows: Path, count: int, code: Path) -> tuple:
-    """(rows a second, seconds, seconds of all cores, peak bytes) of a whole process and those that it starts."""
+    """(rows a second, seconds, seconds of all cores, peak MB, the same without mapped files) of a way, start included."""
     script = OURS if way in ("ours", "earlier") else MAP.replace("BATCHED", str(way == "batched"))
     with tempfile.TemporaryDirectory() as scratch:
         words = [sys.executable, "-c", script, model, str(rows), scratch, str(code)]
         env = {**os.environ, "HF_HOME": scratch, "HF_HUB_OFFLINE": "1"}
-        start, used, peak = time.perf_counter(), cpu_seconds(), [0]
+        start, used, peak = time.perf_counter(), cpu_seconds(), [0, 0]
         # not in the clone, whose folders would stand in for those of an earlier commit
         process = subprocess.Popen(
             words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, cwd=scratch
@@ -114,7 +117,7 @@ def measure(way: str, model: str, rows: Path, count: int, code: Path) -> tuple:
         seconds = time.perf_counter() - start
     if process.returncode:
         sys.exit(f"{way}: {error[-2000:]}")
-    return count / seconds, seconds, cpu_seconds() - used, peak[0]
+    return count / seconds, seconds, cpu_seconds() - used, peak[0] / 1e6, peak[1] / 1e6
 
 
 def cpu_seconds() -> float:
@@ -142,15 +145,15 @@ def main():
                 for way in args.ways:
                     one = measure(way, model, rows, args.rows, earlier if way == "earlier" else ROOT)
                     results[way].append(one)
-                    print(f"round {turn + 1} {way:8} {FIGURES.format(*one[:3], one[3] / 1e6)}", flush=True)
+                    print(f"round {turn + 1} {way:8} {FIGURES.format(*one)}", flush=True)
         finally:
             if "earlier" in args.ways:
                 subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", earlier], check=False)
     print(f"\n{args.rows} rows, whole processes, start included: medians of {args.rounds}, the most memory, all rates")
     for way, measured in results.items():
-        rates, seconds, used, peaks = zip(*measured)
-        spread = f"({min(rates):.0f} to {max(rates):.0f})"
-        print(f"{way:8} {FIGURES.format(*map(statistics.median, (rates, seconds, used)), max(peaks) / 1e6)} {spread}")
+        *figures, peaks, without = zip(*measured)
+        spread = f"({min(figures[0]):.0f} to {max(figures[0]):.0f})"
+        print(f"{way:8} {FIGURES.format(*map(statistics.median, figures), max(peaks), max(without))} {spread}")
 
 
 if __name__ == "__main__":
