@@ -100,7 +100,7 @@ def peak_of(process: subprocess.Popen, found: list) -> None:
 
 
 def measure(way: str, model: str, rows: Path, count: int, code: Path) -> tuple:
-    """(rows a second, seconds, seconds of all cores, peak MB, the same without mapped files) of a way, start included."""
+    """(rows a second, seconds, seconds of all cores, peak MB, that without files) of a way, start included."""
     script = OURS if way in ("ours", "earlier") else MAP.replace("BATCHED", str(way == "batched"))
     with tempfile.TemporaryDirectory() as scratch:
         words = [sys.executable, "-c", script, model, str(rows), scratch, str(code)]
