@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Optional
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 # options of the running script that save memory and are not taken yet: common.arguments writes them down
@@ -25,7 +26,8 @@ class UserError(Exception):
     """A mistake that the reader can mend. The message is one line: what is wrong, why, what to do next."""
 
 
-INTERRUPTED = "\nInterrupted: nothing more is written. Run the same command to start again."
+# what to do after Ctrl-C: common.checkpoints writes down from where a training goes on
+after_interrupt = ["Run the same command to start again."]
 CLOSED_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ends
 
 
@@ -78,9 +80,37 @@ def require_package(package: str, least: tuple, what: str) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory, or the main memory, had no room: torch says so in several ways."""
-    words = ("out of memory", "DefaultCPUAllocator", "can't allocate memory")
+    words = ("out of memory", "DefaultCPUAllocator", "an't allocate memory", "annot allocate memory", "bad_alloc")
+    words += ("could not create a primitive", "could not create a memory")  # oneDNN's
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return told or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def full_disk(error: Optional[BaseException]) -> str:
+    """What is told of a disk that takes no more, as whatever library has put it; "" where that is not the reason."""
+    if error is None:
+        return ""
+    inner = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    told = next(filter(None, map(full_disk, inner)), "")  # torch: it failed because it failed
+    if told:
+        return told
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        words = rf"\(os error {number}\)|Os {{ code: {number},|failed with {os.strerror(number)}"  # Rust's, torch's
+        told = re.search(words, str(error))
+        if told or getattr(error, "errno", None) == number:
+            return os.strerror(number)
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
+        return os.strerror(errno.ENOSPC)  # torch.save does not tell why it could not write on
+    return ""
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the reader's token of the hub, wherever it came from, and without whatever looks like one."""
+    words = [word[len("--token=") :] for word in sys.argv if word.startswith("--token=")]
+    words += [after for word, after in zip(sys.argv, sys.argv[1:]) if word == "--token"]
+    for token in filter(None, [*words, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]):
+        text = text.replace(token, "***")
+    return re.sub(r"\bhf_\w{8,}", "***", text)
 
 
 def reason_of(error: BaseException) -> str:
@@ -116,31 +146,41 @@ def _one_line(kind, error, traceback):
         error = UserError(f"the memory is full ({' '.join(str(error).split())[:120]}). {helps}")
     elif isinstance(error, ModuleNotFoundError) and error.name and brought_by(error.name):
         error = UserError(missing_package(error.name))
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    elif kind is not UserError and full_disk(error):
+        what = getattr(error, "filename", None) or "a file"
+        error = UserError(f"can't write {what}: {full_disk(error)}. Free some space, or choose another place for it.")
+    elif isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
         error = UserError(f"can't write {error.filename or 'a file'}: {error.strerror}. Choose another place for it.")
     elif issubclass(kind, RuntimeError) and "without overflow" in str(error):
         # where AdamW isn't fused (on a CPU before torch 2.4) it refuses such a step, and makes no inf of it
         error = UserError("The training broke: a step is beyond float32. Take a smaller --lr, or more --warmup-steps.")
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(without_secrets(f"error: {error}"), file=sys.stderr)
         sys.exit(2)
     elif isinstance(error, BrokenPipeError):
         sys.exit(CLOSED_PIPE)
     elif isinstance(error, SystemExit):
         sys.exit(error.code)
     elif isinstance(error, KeyboardInterrupt):
-        print(INTERRUPTED, file=sys.stderr)
+        _tell_interrupted()
         if kind is not KeyboardInterrupt:  # else Python itself ends as Ctrl-C ends a program
             sys.exit(130)
     else:
-        sys.__excepthook__(kind, error, traceback)
+        import traceback as of_python
+
+        lines = of_python.format_exception(kind, error, traceback)
+        print(without_secrets("".join(lines)), end="", file=sys.stderr)
+
+
+def _tell_interrupted():
+    print(f"\nInterrupted: nothing more is written. {after_interrupt[0]}", file=sys.stderr)
 
 
 def _stop(number, _):
     """Leave by an exception, so that the clean-up runs, and nothing else: `timeout` sends SIGTERM twice."""
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
-    atexit.register(print, INTERRUPTED, file=sys.stderr)  # not here, where a line may be half-written
+    atexit.register(_tell_interrupted)  # not here, where a line may be half-written
     sys.exit(128 + number)
 
 

@@ -7,7 +7,7 @@ import importlib
 import os
 import resource
 import sys
-from typing import List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 import torch
 
@@ -46,10 +46,25 @@ class Accelerator(NamedTuple):
             return torch.amp.GradScaler(self.device.type, enabled=enabled)
         return torch.cuda.amp.GradScaler(enabled=enabled)
 
+    def random_states(self) -> Dict[str, torch.Tensor]:
+        """The state of torch's generator, and of the device's: what dropout draws next. uint8 tensors."""
+        states = {"cpu": torch.get_rng_state()}
+        return {**states, "cuda": torch.cuda.get_rng_state()} if self.device.type == "cuda" else states
+
+    def set_random_states(self, states: Dict[str, torch.Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"])
+
     def synchronize(self) -> None:
         """Wait until the device has finished, so that a clock read after this tells the truth."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def release_memory(self) -> None:
+        """Give back what torch keeps for later, in pieces that may fit nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def memory(self) -> str:
         """What the device's memory holds of this process, now and at most so far, and what share of it that is."""

@@ -6,72 +6,11 @@ Nothing heavy is imported here: --help, and the answer to a mistyped option, com
 from __future__ import annotations
 
 import argparse
-import math
-import re
-import sys
 from pathlib import Path
 
 from common import UserError, less_memory
 from common.files import require_place
-
-
-class Parser(argparse.ArgumentParser):
-    """The script's docstring as it is written, each option's default where it has one, and errors of one line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=_HelpFormatter)
-        for word in filter(re.compile("[\ud800-\udfff]").search, sys.argv[1:]):  # bytes in another encoding
-            self.error(f"{word!r} is not UTF-8 text: set the terminal to UTF-8, or rename the file")
-
-    def set_defaults(self, **defaults):
-        unknown = set(defaults) - {action.dest for action in self._actions}
-        if unknown:  # argparse would take a mistyped name for a new one
-            raise TypeError(f"{self.prog} has no option for the default {min(unknown)}")
-        super().set_defaults(**defaults)
-
-    def error(self, message: str):
-        raise UserError(f"{message}. The options: python {sys.argv[0]} --help")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        shown = action.default is not None and action.dest != "bits" and "default" not in action.help
-        return super()._get_help_string(action) if shown else action.help
-
-
-def at_least(least, kind):
-    """An argparse type: a number of `kind` that is `least` or more, one clear line otherwise."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not least <= value < math.inf:  # NaN fails as well
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least} or more, and finite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-COUNT, COUNT_OR_NONE, NUMBER = at_least(1, int), at_least(0, int), at_least(0, float)
-
-
-def add_switch(group, name: str, default: bool, help: str) -> None:
-    """`--name` and `--no-name`, as argparse has them itself since Python 3.9."""
-    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{help}; --no-{name} turns it off")
-    dest = name.replace("-", "_")
-    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
-
-
-def add_bits(group, help: str) -> None:
-    """`args.bits`: 4 or 8, 0 for a model as it is stored; None where it is not given."""
-    choice = group.add_mutually_exclusive_group()
-
-    def add(name, const, help):
-        choice.add_argument(name, dest="bits", action="store_const", const=const, help=help)
-
-    add("--load-in-4bit", 4, help)
-    add("--load-in-8bit", 8, "the same in 8 bit")
-    add("--no-quantization", 0, "neither of the two")
+from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch
 
 
 def download_arguments(description: str, model_name: str, save_dir: str) -> argparse.Namespace:
@@ -97,14 +36,17 @@ def prepare_arguments(description: str, **defaults) -> argparse.Namespace:
     add("--block-size", type=COUNT, help="tokens of a row at most")
     add("--save-path", help="the dataset file to write")
     renamed = "names that the template asks for, and those of your columns: instruction=question output=answer"
-    add("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=renamed)
+    add("--columns", nargs="+", action="extend", default=[], metavar="NAME=COLUMN", help=renamed)
     add("--show", type=COUNT_OR_NONE, default=0, help="rows to print first, as the model will see them")
     parser.set_defaults(**defaults)
     args = parser.parse_args()
     for pair in args.columns:
         if not all(pair.partition("=")):
             parser.error(f"--columns {pair}: give NAME=COLUMN, the template's name and that of your data")
-    args.columns = dict(pair.split("=", 1) for pair in args.columns)
+    columns = dict(pair.split("=", 1) for pair in args.columns)
+    if len(columns) < len(args.columns):
+        parser.error(f"--columns {' '.join(args.columns)}: a name is there twice; give it once")
+    args.columns = columns
     path = Path(args.save_path)
     if path.is_dir():
         raise UserError(f"{path} is a directory, so no dataset file can have that name. Give another --save-path.")
@@ -163,6 +105,16 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--eval-step", type=COUNT_OR_NONE, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
 
+    checkpoints = parser.add_argument_group("a training that is cut goes on by the same command, from its checkpoint")
+    add = checkpoints.add_argument
+    add("--save-steps", type=COUNT_OR_NONE, default=0, help="steps between checkpoints; 0: about every 30 minutes")
+    add("--save-total-limit", type=COUNT, default=1, help="checkpoints to keep, beside the one being written")
+    add("--restart", action="store_true", help="begin anew, though a training was cut here")
+    add_switch(
+        checkpoints, "keep-best", False, "save the weights of the lowest held-out loss of --eval-step, not the last"
+    )
+    add("--skip-nonfinite", type=COUNT_OR_NONE, default=0, help="steps without a finite loss that may be left out")
+
     parser.set_defaults(**{"bits": 0, **defaults})
     args = parser.parse_args()
     if args.bits and not args.use_lora:
@@ -170,6 +122,8 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
             f"--load-in-{args.bits}bit without --use-lora: weights in {args.bits} bit can't be trained, only used. "
             "Add --use-lora, or --no-quantization to train all weights"
         )
+    if args.keep_best and not (args.eval_step and args.eval_rows):
+        parser.error("--keep-best needs held-out losses to compare: give --eval-step, and --eval-rows above 0")
     if args.lora_dropout >= 1:
         parser.error(f"--lora-dropout {args.lora_dropout} drops everything: it must be less than 1")
     if args.lr is None:

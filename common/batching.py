@@ -65,6 +65,13 @@ class Batches:
                 longest = length
         return [self._padded(group, int(self.lengths[group[0]])) for group in groups]
 
+    def make_smaller(self, rows: List[int]) -> bool:
+        """Halve the largest micro-batch of these rows; False where each row is one of its own already."""
+        if self.static_length or len(self.of(rows)) == len(rows):
+            return False
+        self.micro_batch_tokens = max(micro_batch.input_ids.numel() for micro_batch in self.of(rows)) // 2
+        return True
+
     def _static(self, rows: List[int]) -> MicroBatch:
         """The whole batch at once, padded to [batch_size, static_length], with its attention mask. A short last batch
         (of the held-out rows) is filled up with rows of padding."""

@@ -37,8 +37,11 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     `source` says in the file where the rows came from (dataset.sources.load_splits gives both). Memory stays bounded:
     token ids go to scratch files beside the target as they are made. UserError where "train" has no rows.
     """
-    from common.preparation import Encoder, show_rows  # a training has no use for it
+    from common.columns import require_asked
+    from common.preparation import Encoder, show_rows  # a training has no use for these
 
+    if args.columns:
+        require_asked(template, next(iter(splits["train"])), args.columns)
     encoder = Encoder(template, tokenizer, args.block_size, args.columns)
     if args.show:
         show_rows(splits["train"], args.show, encoder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -63,6 +65,30 @@ def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
         flush(path.parent)
 
 
+def remove_scratch(directory: Path) -> None:
+    """Remove what a process that was killed in `written_whole` has left beside and in a directory of ours."""
+    directory = Path(os.path.realpath(directory))
+    names = {directory.parent: re.escape(directory.name), directory: r"checkpoint-\d+|training_loss\.png|new"}
+    names[directory] += f"|{names[directory.parent]}"
+    for place, name in names.items():
+        for path in place.glob(".*"):
+            if re.fullmatch(rf"\.({name})\.[a-z0-9_]{{8}}", path.name) and path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def weights_fingerprint(model_dir: str) -> str:
+    """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
+    digest = hashlib.sha256()
+    files = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // 1024)):
+                file.seek(place)
+                digest.update(file.read(64))
+    return digest.hexdigest()[:16] if files else ""
+
+
 def flush(path: Path) -> None:
     """Wait until the file, or a directory's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -96,6 +122,8 @@ def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
                 old.unlink()
         for name in sorted(names, key=lambda name: name.endswith("config.json")):
             os.replace(Path(inside) / name, path / name)
+    for old in [old for old in path.iterdir() if old.is_dir() and is_stale(old.name)]:
+        shutil.rmtree(old)
 
 
 def _link(old: Path, new: Path) -> None:

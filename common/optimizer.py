@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -38,6 +39,36 @@ def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, sch
         return lr * step / warmup_steps
     done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     return lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
+
+def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:
+    """The optimizer's state by reference; a new one's is made first. Where torch can (2.2 and newer), by the names of
+    the weights, so that another number of processes finds its part (torch.distributed.checkpoint.state_dict)."""
+    by_name = _state_by_name()
+    if by_name:
+        made = not optimizer.state
+        state = by_name.get_optimizer_state_dict(model, optimizer)
+        for one in optimizer.state.values() if made else ():  # it is made by a step, which must not count
+            one["step"] = one["step"] * 0
+        return by_name.get_optimizer_state_dict(model, optimizer) if made else state
+    return {"state": optimizer.state_dict()["state"]}  # tensors only: torch 1.13 reads nothing else as safely
+
+
+def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict) -> None:
+    """Give the optimizer a state as `state_of` returns it."""
+    by_name = _state_by_name()
+    if by_name:
+        by_name.set_optimizer_state_dict(model, optimizer, state)
+    else:
+        optimizer.load_state_dict({**optimizer.state_dict(), **state})
+
+
+def _state_by_name():
+    with suppress(ImportError):
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint import state_dict
+
+        return state_dict if hasattr(dcp, "save") else None
 
 
 def _can_step(make, device: torch.device) -> bool:

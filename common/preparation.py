@@ -12,13 +12,12 @@ import sys
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from copy import copy
 from itertools import chain, islice
+from operator import length_hint
 from time import monotonic
 from typing import Dict, Iterable, Iterator, List, NamedTuple
 
-from common import UserError
-from common.text import listed
+from common.columns import renamed
 from common.tokenization import encode_rows
 
 ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
@@ -46,17 +45,7 @@ class Encoder(NamedTuple):
 
     def rows(self, rows: List[dict]):
         """As `encode_rows`, of rows under the data's own names."""
-        return encode_rows([self.renamed(row) for row in rows], self.template, self.tokenizer, self.block_size)
-
-    def renamed(self, row: dict) -> dict:
-        """The row with the columns under the names that the template asks for."""
-        for name, own in self.columns.items():
-            if own not in row:
-                place = getattr(row, "place", "the data")
-                raise UserError(f"--columns {name}={own}: {place} has no column {own!r}, it has: {listed(row)}.")
-            row = copy(row)  # a row of a file knows its place, which another dict would not
-            row[name] = row[own]
-        return row
+        return encode_rows([renamed(row, self.columns) for row in rows], self.template, self.tokenizer, self.block_size)
 
     def chunk(self, rows: List[dict]) -> Chunk:
         encoded, counts = self.rows(rows)
@@ -78,7 +67,7 @@ def encoded_chunks(name: str, rows: Iterable[dict], encoder: Encoder) -> Iterato
         encoded = map(encoder.chunk, chain(first, chunks))
     else:
         encoded = _in_processes(chain(first, chunks), encoder, processes)
-    return _told(encoded, name, len(rows) if hasattr(rows, "__len__") else None)
+    return _told(encoded, name, length_hint(rows) or None)
 
 
 def show_rows(rows: Iterable[dict], count: int, encoder: Encoder) -> None:

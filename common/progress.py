@@ -6,9 +6,11 @@ import json
 import platform
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Callable, Dict
+from time import perf_counter
+from typing import Callable, Dict, List, Optional
 
 import torch
 from tqdm import tqdm
@@ -20,15 +22,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class TrainingLog:
-    """Writes a training's log as it goes on: to the terminal, and to `training_log.jsonl` in `save_dir`."""
+    """Writes a training's log as it goes on: to the terminal, and to `training_log.jsonl` in `save_dir`.
 
-    def __init__(self, save_dir: str, total_steps: int):
+    step, records: those of a training that goes on after a cut; what it wrote after its checkpoint is written again.
+    """
+
+    def __init__(self, save_dir: str, total_steps: int, step: int, records: List[dict]):
         self.directory = Path(save_dir)
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.total_steps = total_steps
-        self.records = []
+        self.total_steps, self.records, self.best_point = total_steps, records, None
         self.file = open(self.directory / "training_log.jsonl", "w", encoding="utf-8")
-        self.bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True)
+        self.file.writelines(json.dumps(record) + "\n" for record in records)
+        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
     def __enter__(self):
         return self
@@ -48,10 +53,22 @@ class TrainingLog:
         """The mean loss of a label token of the held-out rows."""
         self._tell(f"Held-out loss: {loss:.5f}", step=step, held_out_loss=loss)
 
-    def _tell(self, words: str, **record) -> None:
-        # above the bar, and on standard output, so that it can be piped into a file
+    def skipped(self, step: int, problem: str) -> None:
+        """A step that --skip-nonfinite has left out."""
+        self._tell(f"{problem}: this step is left out", step=step, skipped=problem)
+
+    def best(self, step: int, loss: float) -> None:
+        """Of --keep-best: the step whose weights are saved."""
+        self.say(f"Best held-out loss: {loss:.5f}, after step {step}, whose weights are saved")
+        self.best_point = step, loss
+
+    def say(self, words: str) -> None:
+        """Print a line above the bar, on standard output, so that it can be piped into a file."""
         with tqdm.external_write_mode(file=sys.stdout):
-            print(f"[Step {record['step']}/{self.total_steps}] | {words}", flush=True)
+            print(words, flush=True)
+
+    def _tell(self, words: str, **record) -> None:
+        self.say(f"[Step {record['step']}/{self.total_steps}] | {words}")
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -59,11 +76,35 @@ class TrainingLog:
     def draw(self) -> None:
         """Draw training_loss.png."""
         try:
-            draw_losses(self.records, self.directory / "training_loss.png")
+            draw_losses(self.records, self.directory / "training_loss.png", self.best_point)
         except ModuleNotFoundError as error:
             print(f"training_loss.png was not drawn: {missing_package(error.name)}")
         except Exception as error:  # a picture is not worth a trained model, which is saved after this
             print(f"training_loss.png was not drawn: {error}")
+
+
+class Clock:
+    """The seconds of the log line under way, without the pauses; it waits for the device, to tell the truth."""
+
+    def __init__(self, accelerator, seconds: float):
+        self.accelerator = accelerator
+        self.start = perf_counter() - seconds
+
+    def seconds(self) -> float:
+        self.accelerator.synchronize()
+        return perf_counter() - self.start
+
+    def restart(self) -> None:
+        self.start = perf_counter()
+
+    @contextmanager
+    def paused(self):
+        self.accelerator.synchronize()
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.start += perf_counter() - begin
 
 
 def facts_of_run(options: dict, dataset_meta: dict, device: str) -> dict:
@@ -80,14 +121,17 @@ def facts_of_run(options: dict, dataset_meta: dict, device: str) -> dict:
     }
 
 
-def draw_losses(records: list, path: Path) -> None:
-    """A picture of the losses: of the training batches, and of the held-out rows where there are any."""
+def draw_losses(records: list, path: Path, best: Optional[tuple] = None) -> None:
+    """A picture of the losses: of the training batches, and of the held-out rows where there are any; best: (step,
+    loss) of the weights that are saved, where those are not the last."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 4.5))
     for key, label, style in (("loss", "training", "-"), ("held_out_loss", "held-out", "o--")):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
             axes.plot(*zip(*points), style, label=label)
+    if best:
+        axes.plot(*best, "*", color="tab:red", markersize=14, label="saved")
     axes.set(xlabel="optimizer step", ylabel="loss per token", title="Loss")
     axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 2.5
     axes.grid(alpha=0.3)

@@ -9,18 +9,31 @@ from itertools import islice
 from numbers import Number
 
 
+class NotUtf8(bytes):
+    """Bytes that are no text. A column that no template uses may hold them: only who makes text of them fails."""
+
+    def __str__(self):
+        raise TypeError(self)
+
+
+def cell(value):
+    """What a template finds in a cell: "" where it is empty, the text of bytes, anything else as it is."""
+    if value is None or (isinstance(value, Number) and (value != value or abs(value) == math.inf)):
+        return ""  # of a table that pandas wrote, NaN is an empty cell as well
+    if type(value) is bytes:
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            return NotUtf8(value)
+    return value
+
+
 def text_of(value) -> str:
     """A cell as text: of a number, a date or a label what Python writes, of an empty cell "".
 
     TypeError, with the value, where it is none of these.
     """
-    if isinstance(value, bytes):
-        try:
-            value = value.decode("utf-8")
-        except UnicodeDecodeError:
-            raise TypeError(value) from None
-    if value is None or (isinstance(value, Number) and (value != value or abs(value) == math.inf)):
-        return ""  # of a table that pandas wrote, NaN is an empty cell as well
+    value = cell(value)  # a template may have taken it out of a list
     if not isinstance(value, (str, Number, date, time, timedelta)):
         raise TypeError(value)
     # of a Decimal not 1E-7; and half an emoji, as scraped text has them, is legal in JSON and in no encoding
@@ -31,7 +44,7 @@ def text_of(value) -> str:
 def not_text(row: dict, value) -> str:
     """Where in `row` the value stands, of which `text_of` makes no text, and what it is."""
     column = next((f"column {name!r}" for name, own in row.items() if own is value), "a column")
-    kinds = {list: "a list", dict: "an object", bytes: "bytes that are not UTF-8"}
+    kinds = {list: "a list", dict: "an object", NotUtf8: "bytes that are not UTF-8"}
     return f"{column} holds {kinds.get(type(value), f'a {type(value).__name__}')}, which is not text"
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from itertools import compress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError, cause_of
 from common.model_directory import positions_and_embeddings, require_directory
-from common.text import listed, not_text, text_of
 
 
 class Example(NamedTuple):
@@ -78,18 +78,23 @@ def encode_rows(
 
     The ids are: bos as the tokenizer adds it, prompt, answer, the tokenizer's own end id; `block_size` at most. Prompt
     and answer are tokenized apart, so that no token spans the two and the prompt has the same ids as in a question.
-    Counted are rows, tokens, dropped, prompts cut, answers cut. Raises UserError where a row lacks a column, and where
-    a block has no room for an answer.
+    Counted are rows, tokens, dropped, prompts cut, answers cut. Raises UserError where a row lacks a column or has an
+    answer without a token, and where a block has no room for an answer.
     """
+    from common.columns import applied, place_of  # a training encodes no rows
     from common.cutting import fit
     from common.words import BEGIN, as_list, words_of
 
-    examples = [_apply(template, row) for row in rows]
-    answered = [example for example in examples if example.answer and example.answer.strip()]
+    examples = [applied(template, row) for row in rows]
+    has_answer = [bool(example.answer and example.answer.strip()) for example in examples]
+    answered = list(compress(examples, has_answer))
     counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
     words = words_of(tokenizer)
     parts = words.ids([words.units(BEGIN + example.answer) for example in answered])
     answers = [as_list(b"".join(ids)) for ids in parts]
+    if not all(answers):  # of letters that the tokenizer leaves out: it would learn to say nothing, or nothing at all
+        place = place_of(list(compress(rows, has_answer))[answers.index([])])
+        raise UserError(f"{place}: the tokenizer makes no token of its answer, so there is nothing to learn. Mend it.")
     limits = [block_size - len(answer) - 1 for answer in answers]
     encoded = []
     for answer, (prompt, cut) in zip(answers, fit(tokenizer, [example.prompt for example in answered], limits)):
@@ -107,17 +112,3 @@ def encode_rows(
     if encoded:
         counts["tokens"] = sum(len(ids) for ids, _ in encoded)
     return encoded, counts
-
-
-def _apply(template, row: dict) -> Example:
-    place = getattr(row, "place", "The dataset")
-    try:
-        example = template(row)
-    except KeyError as error:
-        raise UserError(
-            f"{place} has no column {error}; it has: {listed(row)}. Rename yours, or change the template."
-        ) from None
-    try:
-        return Example([text_of(piece) for piece in example.prompt], text_of(example.answer))
-    except TypeError as error:
-        raise UserError(f"{place}: {not_text(row, error.args[0])}. Make it one string a row.") from None

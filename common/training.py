@@ -3,102 +3,213 @@
 from __future__ import annotations
 
 import math
-from time import perf_counter
-from typing import List
+from typing import List, Optional
 
 import torch
 from torch import nn
 
-from common import UserError
+from common import UserError, is_out_of_memory, less_memory
 from common.accelerator import Accelerator
 from common.batching import Batches
+from common.checkpoints import Checkpoints
+from common.finite import Finite, require_finite_weights
 from common.optimizer import learning_rate
-from common.progress import TrainingLog, facts_of_run
+from common.progress import Clock, TrainingLog, facts_of_run
+from common.state import State
+from common.stopping import Stopped, StopRequest
 
 
-def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Accelerator) -> dict:
+def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints) -> dict:
     """Train on `dataset["train"]`; log and loss picture go to `args.save_dir`; returns what is to stand in run.json.
 
-    `model(input_ids, labels, attention_mask)` is the sum of the loss over the label tokens. A step's loss is that sum
-    over all micro-batches, divided by the label tokens of the whole batch: the loss, and so the gradients, of one
-    padded batch, however it was split. The state of a training is step, weights, optimizer, scaler, random states and
-    the sums of the log line under way; batches and learning rate follow from the step. UserError: no finite loss.
+    `model(input_ids, labels, attention_mask)` is the sum of the loss over the label tokens. Where `checkpoints` has one
+    of a run that was cut, the training goes on from it. SystemExit, with a checkpoint of the last finished step, where
+    Ctrl-C or SIGTERM comes; UserError where a loss, a gradient or a weight is no number any more.
     """
-    tokens = args.micro_batch_tokens or accelerator.micro_batch_tokens
-    static_length = args.block_size if accelerator.static_shapes else 0
-    batches = Batches(dataset["train"], args.batch_size, tokens, static_length, args.train_on_prompt)
-    held_out = Batches(dataset["validation"], batches.batch_size, tokens, static_length, args.train_on_prompt)
-    held_out_rows = list(range(min(args.eval_rows, len(held_out.lengths))))
-    held_out_tokens = int(held_out.label_counts[held_out_rows].sum())
-    if batches.batch_size < args.batch_size:
-        rows = len(batches.lengths)
-        print(f"--batch-size {args.batch_size} is more than the {rows} rows of the data: {rows} is used.")
-    total_steps = args.max_train_steps or args.epochs * batches.steps_an_epoch
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    scaler = accelerator.gradient_scaler()
+    training = Training(model, optimizer, dataset, args, accelerator, checkpoints)
+    state = training.state
     print(accelerator.memory())
-
-    with TrainingLog(args.save_dir, total_steps) as log, accelerator.room_for_training(model):
-        if held_out_rows:
-            log.held_out_loss(0, total_loss(model, held_out, held_out_rows, accelerator) / held_out_tokens)
-        loss_sum = torch.zeros((), device=accelerator.device)  # of this log line, like the two counts
-        label_tokens, all_tokens, start = 0, 0, perf_counter()
-        model.train()
-        for step in range(1, total_steps + 1):
-            rows = batches.rows_of(step, args.seed)
-            batch_label_tokens = int(batches.label_counts[rows].sum())
-            for micro_batch in batches.of(rows):
-                loss = forward(model, micro_batch, accelerator)
-                scaler.scale(loss / batch_label_tokens).backward()
-                loss_sum += loss.detach()
-            scaler.unscale_(optimizer)
-            if args.max_grad_norm:
-                nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
-            lr = learning_rate(step, total_steps, args.lr, args.warmup_steps, args.lr_scheduler)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-            log.bar.update()
-            label_tokens += batch_label_tokens
-            all_tokens += int(batches.lengths[rows].sum())
-            if step % args.log_interval == 0 or step == total_steps:
-                accelerator.synchronize()  # the clock must not be read before the device has finished
-                mean = loss_sum.item() / label_tokens
-                log.training_loss(step, mean, perf_counter() - start, all_tokens, lr)
-                if not math.isfinite(mean):
-                    raise UserError(
-                        f"The loss became {mean} by step {step}. Take a smaller --lr, or more --warmup-steps."
-                    )
-                loss_sum.zero_()
-                label_tokens, all_tokens, start = 0, 0, perf_counter()
-            if held_out_rows and (step == total_steps or (args.eval_step and step % args.eval_step == 0)):
-                accelerator.synchronize()
-                paused = perf_counter()
-                log.held_out_loss(step, total_loss(model, held_out, held_out_rows, accelerator) / held_out_tokens)
-                start += perf_counter() - paused
-        log.draw()
-    if not all(torch.isfinite(weight).all() for weight in trained):  # in the very last step
-        raise UserError(
-            "The training broke: weights are no numbers any more. Take a smaller --lr, or more --warmup-steps."
-        )
+    with training.stop:
+        try:
+            with training.log as log, accelerator.room_for_training(model):
+                model.train()
+                while True:
+                    if not state.reported:
+                        training.report()
+                    if checkpoints.due(state):
+                        training.write_checkpoint()
+                    training.stop.check()
+                    if state.step == training.total_steps:
+                        break
+                    training.step()
+                training.require_numbers()  # which the very last step may have broken
+                if args.keep_best and state.best_step and checkpoints.take_weights_of(state.best_step):
+                    log.best(state.best_step, state.best_loss)
+                log.draw()
+        except Stopped:
+            training.drop_step()
+            training.require_numbers()
+            checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
     print("Training Done")
-    return facts_of_run(vars(args), dataset["meta"], accelerator.name)
+    options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
+    return facts_of_run(options, dataset["meta"], accelerator.name)
+
+
+class Training:
+    """A training, step by step.
+
+    Its state is `state` (step, and the sums of the log line under way), weights, optimizer, scaler and random states;
+    batches and learning rate follow from the step.
+    """
+
+    def __init__(self, model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints):
+        self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
+        self.args, self.accelerator = args, accelerator
+        shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt
+        self.batches = Batches(dataset["train"], args.batch_size, *shape)
+        self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)
+        self.held_out_rows = list(range(min(args.eval_rows, len(self.held_out.lengths))))
+        if self.batches.batch_size < args.batch_size:
+            rows = len(self.batches.lengths)
+            print(f"--batch-size {args.batch_size} is more than the {rows} rows of the data: {rows} is used.")
+        self.total_steps = args.max_train_steps or args.epochs * self.batches.steps_an_epoch
+        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.scaler = accelerator.gradient_scaler()
+        self.state = checkpoints.begin(model, optimizer, self.scaler, accelerator, self.total_steps, dataset["sha256"])
+        self.batches.micro_batch_tokens = self.held_out.micro_batch_tokens = self.state.micro_batch_tokens
+        self.stop, self.clock = StopRequest(), Clock(accelerator, self.state.seconds)
+        self.random = accelerator.random_states()  # as the last finished step has left them
+        self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
+        self.finite = Finite(accelerator.device, self.scaler.is_enabled())
+        self.log = TrainingLog(args.save_dir, self.total_steps, self.state.step, self.state.records)
+
+    def step(self) -> None:
+        """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole
+        batch: the loss, and so the gradients, of one padded batch, however it was split."""
+        args, state, number = self.args, self.state, self.state.step + 1
+        rows = self.batches.rows_of(number, args.seed)
+        label_tokens = int(self.batches.label_counts[rows].sum())
+        loss_sum = self.gradients(rows, label_tokens)
+        while loss_sum is None:  # the memory was too small, the micro-batches are smaller now
+            self.drop_step()
+            loss_sum = self.gradients(rows, label_tokens)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm or math.inf)
+        may_skip = state.skipped < args.skip_nonfinite
+        problem = self.finite.look(number, loss_sum / label_tokens, norm, at_once=may_skip)
+        if problem:
+            self.end_at("" if may_skip else problem)
+            state.skipped += 1
+            self.log.skipped(number, problem)
+        else:
+            lr = learning_rate(number, self.total_steps, args.lr, args.warmup_steps, args.lr_scheduler)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.scaler.step(self.optimizer)
+            self.loss_sum += loss_sum
+            state.label_tokens += label_tokens
+            state.tokens += int(self.batches.lengths[rows].sum())
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.random = self.accelerator.random_states()
+        state.step, state.reported = number, False
+        self.log.bar.update()
+
+    def gradients(self, rows: List[int], label_tokens: int) -> Optional[torch.Tensor]:
+        """Add the gradients of these rows' mean loss to the weights'; the sum of the loss, float32 []. None where the
+        memory was full: some gradients may be there, and the micro-batches will be smaller."""
+        total = torch.zeros((), device=self.accelerator.device)
+        try:
+            for micro_batch in self.batches.of(rows):
+                loss = forward(self.model, micro_batch, self.accelerator)
+                self.scaler.scale(loss / label_tokens).backward()
+                total += loss.detach()
+                self.stop.check()
+            return total
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if not self.batches.make_smaller(rows):  # each row is alone already
+                less_memory[:] = [option for option in less_memory if option != "--micro-batch-tokens"]
+                raise
+        tokens = self.state.micro_batch_tokens = self.held_out.micro_batch_tokens = self.batches.micro_batch_tokens
+        self.log.say(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
+        return None
+
+    def report(self) -> None:
+        """The log line and the held-out loss of the step that is finished, where they are due."""
+        args, state, step, last = self.args, self.state, self.state.step, self.state.step == self.total_steps
+        held_out = None
+        if self.held_out_rows and (step == 0 or last or (args.eval_step and step % args.eval_step == 0)):
+            with self.clock.paused():
+                total = total_loss(self.model, self.held_out, self.held_out_rows, self.accelerator, self.stop.check)
+                held_out = total / int(self.held_out.label_counts[self.held_out_rows].sum())
+        # from here to the end nothing stops it: what has been told is not told again
+        if state.label_tokens and (step % args.log_interval == 0 or last):
+            loss = self.loss_sum.item() / state.label_tokens
+            self.end_at(self.finite.late())
+            lr = learning_rate(step, self.total_steps, args.lr, args.warmup_steps, args.lr_scheduler)
+            self.log.training_loss(step, loss, self.clock.seconds(), state.tokens, lr)
+            self.loss_sum.zero_()
+            state.label_tokens, state.tokens = 0, 0
+            self.clock.restart()
+        if held_out is not None:
+            self.log.held_out_loss(step, held_out)
+        state.reported = True
+        if args.keep_best and step and held_out is not None and (state.best_loss is None or held_out < state.best_loss):
+            before = state.best_step, state.best_loss
+            state.best_step, state.best_loss = step, held_out
+            if not self.write_checkpoint():
+                state.best_step, state.best_loss = before
+
+    def write_checkpoint(self) -> bool:
+        """Whether there is one now; of numbers only, so that the one before stays where the training has broken."""
+        with self.clock.paused():
+            self.require_numbers()
+            return self.checkpoints.write(self.up_to_date(), self.stop)
+
+    def require_numbers(self) -> None:
+        self.end_at(self.finite.late())
+        require_finite_weights(self.trained)
+
+    def drop_step(self) -> None:
+        """As if the step under way had not been begun."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.set_random_states(self.random)
+        self.accelerator.release_memory()
+
+    def up_to_date(self) -> State:
+        """The state with what the loop keeps elsewhere: a tensor on the device, a clock that runs."""
+        self.state.loss_sum, self.state.seconds = self.loss_sum.item(), self.clock.seconds()
+        return self.state
+
+    def end_at(self, problem: str) -> None:
+        """UserError where there is a problem, with what is left."""
+        if not problem:
+            return
+        kept = self.checkpoints.kept
+        anew = f" and --restart ({kept[0]} is from before it)" if kept else ""
+        raise UserError(
+            f"{problem}. Take a smaller --lr, or more --warmup-steps{anew}. Where one strange row breaks a step, "
+            "--skip-nonfinite 1 leaves it out."
+        )
 
 
 @torch.no_grad()
-def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator: Accelerator) -> float:
-    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients."""
+def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
+    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients. `after_each`
+    micro-batch something is called; where it raises, the model is as before."""
     was_training = model.training
     model.eval()
     total = 0.0
-    for start in range(0, len(rows), batches.batch_size):
-        for micro_batch in batches.of(rows[start : start + batches.batch_size]):
-            total += forward(model, micro_batch, accelerator).item()
-    model.train(was_training)
+    try:
+        for start in range(0, len(rows), batches.batch_size):
+            for micro_batch in batches.of(rows[start : start + batches.batch_size]):
+                total += forward(model, micro_batch, accelerator).item()
+                after_each()
+    finally:
+        model.train(was_training)
     return total
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from common import UserError
 from common.text import listed
@@ -21,8 +21,8 @@ def json_lines(path: Path) -> Iterator[Tuple[str, object]]:
                 yield f"line {number}", _parsed(path, line, number)
 
 
-def json_rows(path: Path, inside: str) -> Iterator[Tuple[str, object]]:
-    """("row 12", that value) of an array, or of the list named `inside`, "data.paragraphs", of one large object."""
+def json_array(path: Path, inside: str) -> Optional[Sequence]:
+    """The rows of an array, or of the list named `inside`, "data.paragraphs", of one large object; None: JSON lines."""
     lines = json_lines(path)  # many .json files on the hub are JSON lines
     try:
         first = list(islice(lines, 1))
@@ -34,12 +34,9 @@ def json_rows(path: Path, inside: str) -> Iterator[Tuple[str, object]]:
         if second and inside:
             raise UserError(f"{path} has a JSON object on each line, and no list to choose. Leave out #{inside}.")
         if second or not first:
-            yield from chain(first, second, lines)
-            return
+            return None
         document = first[0][1]
-    rows = document if isinstance(document, list) and not inside else _list_within(path, document, inside)
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
+    return document if isinstance(document, list) and not inside else _list_within(path, document, inside)
 
 
 def _parsed(path: Path, text: str, line: int = 0):
@@ -76,12 +73,14 @@ def _list_within(path: Path, document, inside: str) -> Sequence:
     if inside and inside in lists:
         return lists[inside]
     names = [name for name in lists if name]
+    # of objects, as rows are; without any of these an object with texts is itself a row, which may have lists
+    of_objects = [name for name in names if any(isinstance(item, dict) for item in lists[name])]
     if inside:
         raise UserError(
             f"{path} has no list {inside!r} within. Its lists: {listed(names)}. Choose another after the #."
         )
-    if names:
-        choice = shlex.quote(" ".join(f"{path}#{names[0]}".split()))  # one line, whatever is in the name
+    if of_objects or (names and not any(isinstance(value, str) for value in document.values())):
+        choice = shlex.quote(" ".join(f"{path}#{[*of_objects, *names][0]}".split()))  # one line, whatever the name is
         raise UserError(
             f"{path} is one JSON object, not an array of rows. Its lists: {listed(names)}. Choose the one that holds "
             f"the rows, as in --dataset-name-or-path {choice}"

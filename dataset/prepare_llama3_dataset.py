@@ -36,7 +36,6 @@ def main():
         args.block_size,
         hint="Run python tutorial/download_llama3_8b.py or download_llama3_70b.py first.",
     )
-    print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, summarization, tokenizer, args)

@@ -30,7 +30,6 @@ def main():
     tokenizer = load_tokenizer(
         args.model_name_or_path, args.block_size, hint="Run python tutorial/download_mistral_7b.py first."
     )
-    print("Downloading dataset...")
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, alpaca, tokenizer, args)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
@@ -70,9 +72,14 @@ class HoldOut:
 
     def __iter__(self) -> Iterator[dict]:
         last = HOLD_OUT_EVERY * HOLD_OUT_AT_MOST
-        for number, row in enumerate(self.rows, 1):
+        for number, row in enumerate(islice(self.rows, last) if self.held_out else self.rows, 1):
             if (number % HOLD_OUT_EVERY == 0 and number <= last) == self.held_out:
                 yield row
+
+    def __length_hint__(self) -> int:
+        rows = length_hint(self.rows)
+        held_out = min(rows // HOLD_OUT_EVERY, HOLD_OUT_AT_MOST)
+        return held_out if self.held_out else rows - held_out
 
 
 class HubRows:
@@ -116,12 +123,20 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     import datasets
     from huggingface_hub import HfApi, constants
 
+    # datasets 4 runs no code of others, and does not know that it is asked not to
+    trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
+
     try:
         revision = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
         revision = None
     try:
-        loaded = datasets.load_dataset(name, CONFIGS.get(name), revision=revision, trust_remote_code=False)
+        # as datasets.load_dataset does it, which would not say whether it has it already
+        builder = datasets.load_dataset_builder(name, CONFIGS.get(name), revision=revision, **trust)
+        if not Path(builder.cache_dir).exists():
+            print("Downloading dataset...")
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
     except Exception as error:  # of many types in each version of datasets, huggingface_hub and their HTTP library
         raise UserError(
             f"The dataset {name} could not be loaded from the hub: {first_line(error)}. Check the name and the "

@@ -7,7 +7,6 @@ base needs a gradient or an optimizer state, so it may be held in 4 bit (QLoRA, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import List
 from torch import nn
 
 from common import UserError, reason_of, require_package
+from common.files import weights_fingerprint
 from common.model_directory import ADAPTER, adapter_facts
 from model.quantization import bits_of
 
@@ -89,7 +89,7 @@ def save_adapter(model: nn.Module, directory: Path, template: str) -> None:
     facts = {
         "format": "pt",
         "base": config.base_model_name_or_path,
-        "base_fingerprint": _fingerprint(config.base_model_name_or_path),
+        "base_fingerprint": weights_fingerprint(config.base_model_name_or_path),
         "base_bits": str(bits_of(model)),
         "template": template,
     }
@@ -116,7 +116,7 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
 
     base = model.name_or_path
     expected = adapter_facts(adapter_dir).get("base_fingerprint")
-    if expected and expected != _fingerprint(base):
+    if expected and expected != weights_fingerprint(base):
         raise UserError(
             f"The adapter {adapter_dir} was trained on other weights than those in {base}. Download that model again, "
             f"or write the right directory into base_model_name_or_path of {adapter_dir}/adapter_config.json."
@@ -138,16 +138,3 @@ def _without_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # for GPT-2's layers
         warnings.filterwarnings("error", "Found missing adapter keys")  # part of it would stay untrained, in silence
         yield
-
-
-def _fingerprint(model_dir: str) -> str:
-    """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
-    digest = hashlib.sha256()
-    files = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
-    for path in files:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for place in range(0, size, max(1, size // 1024)):
-                file.seek(place)
-                digest.update(file.read(64))
-    return digest.hexdigest()[:16] if files else ""

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from common import UserError, cause_of, is_out_of_memory, reason_of
+from common import UserError, after_interrupt, cause_of, full_disk, is_out_of_memory, reason_of, without_secrets
 from common.accelerator import room_for
+from common.checkpoint_files import checkpoints_in
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
 from model.adapters import add_lora, load_adapter, save_adapter
@@ -170,19 +171,34 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     """
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
-    with written_whole(save_dir, stale=OF_A_MODEL) as new:
-        if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
-            save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
-        else:
-            _save_weights(network, tokenizer, new, base)
-        save_tokenizer(tokenizer, new)
-        if run:
-            finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            (new / RUN).write_text(json.dumps(finished, indent=2, ensure_ascii=False), encoding="utf-8")
-        mode = min(new.glob("*config.json")).stat().st_mode
-        for file in new.iterdir():
-            file.chmod(mode)  # safetensors lets nobody else read its files
+    # a run that is finished needs its checkpoints no more: they go in the step in which the model comes
+    checkpoints = [path.name for path in checkpoints_in(save_dir)] if run else []
+    try:
+        with written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints)) as new:
+            _write(network, tokenizer, new, base, run)
+    except Exception as error:  # safetensors has a type of its own for a disk that is full
+        if not full_disk(error):
+            raise
+        size = sum(weight.numel() * weight.element_size() for weight in network.parameters() if weight.requires_grad)
+        raise UserError(
+            f"{save_dir} can't be written: {full_disk(error)}. Free {size / 1e9:.1f} GB there. {after_interrupt[0]}"
+        ) from None
     print(f"Model saved in {save_dir}")
+
+
+def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[dict]) -> None:
+    if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
+        save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
+    else:
+        _save_weights(network, tokenizer, new, base)
+    save_tokenizer(tokenizer, new)
+    if run:
+        finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))
+        (new / RUN).write_text(text, encoding="utf-8")
+    mode = min(new.glob("*config.json")).stat().st_mode
+    for file in new.iterdir():
+        file.chmod(mode)  # safetensors lets nobody else read its files
 
 
 def _save_weights(model, tokenizer, directory: Path, base: str) -> None:

@@ -64,11 +64,12 @@ def run(command, *words, cwd, env=None, ok=True):
     return checked(done, ok)
 
 
-def start(command, *words, cwd, **env):
-    """As `run`, but does not wait: the Popen. What it prints comes at once."""
+def start(command, *words, cwd, own_group=False, **env):
+    """As `run`, but does not wait: the Popen. What it prints comes at once. own_group: it leads a process group."""
     arguments = [sys.executable, *words_of(command, words)]
     env = environment(HF_HOME=str(cwd / ".hf_home"), PYTHONUNBUFFERED="1", **env)
-    return subprocess.Popen(arguments, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(arguments, cwd=cwd, env=env, start_new_session=own_group, **pipes)
 
 
 def checked(done, ok):
@@ -254,3 +255,35 @@ def tokenizers(stand_ins):
     from common.tokenization import load_tokenizer
 
     return {kind: load_tokenizer(str(directory)) for kind, directory in stand_ins.items()}
+
+
+@pytest.fixture(scope="session")
+def small_base(base, warm, tmp_path_factory):
+    """As `base`, with rows of 48 tokens: a step takes a twentieth of a second."""
+    folder = lay_out(tmp_path_factory.mktemp("small-base") / "work")
+    shutil.copytree(base / "llama3-8b", folder / "llama3-8b")
+    sample = "dataset/samples/cnn_dailymail"
+    warm(f"python dataset/prepare_llama3_dataset.py --dataset-name-or-path {sample} --block-size 48", cwd=folder)
+    return folder
+
+
+@pytest.fixture
+def small(small_base, tmp_path):
+    """A fresh working directory with the model directory and the dataset file of `small_base`, a copy of each."""
+    return shutil.copytree(small_base, tmp_path / "small", symlinks=True)
+
+
+@pytest.fixture(scope="session")
+def never_cut(small_base, warm, tmp_path_factory):
+    """A function: the working directory, to be read only, of a training with these words that nothing has cut, and that
+    has written no checkpoint."""
+    made = {}
+
+    def folder_of(words):
+        if words not in made:
+            made[words] = shutil.copytree(small_base, tmp_path_factory.mktemp("never-cut") / "work", symlinks=True)
+            done = warm(f"python tutorial/train_llama3.py {words}", cwd=made[words])
+            assert "Continuing" not in done.stdout
+        return made[words]
+
+    return folder_of

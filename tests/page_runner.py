@@ -14,6 +14,7 @@ before the fence, where GitHub doesn't show it):
     <!-- not run: REASON -->         bash, pycon, python, diff: left out, and counted in test_pages.py
     <!-- not compared: REASON -->    text: an output of the real model, or no output at all
     <!-- compared up to: LINE -->    text: what follows that line is the real model's answer
+    <!-- Ctrl-C: after step 3 -->    bash: its training hears Ctrl-C as soon as that step is done, and ends by it
     <!-- from: tutorial/x.py -->     python: quoted code; it must stand in that file (`...`: lines left out)
     <!-- file: my_data.jsonl -->     any language: a file of the reader's
 
@@ -59,6 +60,7 @@ from tests.conftest import FOLDERS, NOWHERE, ROOT, environment
 from tests.page_packages import Command, missing
 
 BLOCK_TIMEOUT = 600  # seconds; the longest takes some twenty
+INTERRUPTED = 128 + signal.SIGINT  # the exit status of a training after Ctrl-C
 
 # ------------------------------------------------------------------------------------------------ the reader's machine
 
@@ -119,6 +121,7 @@ class Shell:
         self.installed: Set[str] = set()  # packages that pip was told to install
         self.sources: List[str] = []  # of the scripts that ran
         self.page_imports = ""
+        self.cut_after = 0  # the step of a training at which Ctrl-C is pressed
         shell = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -299,6 +302,9 @@ class Shell:
             self.sources.append(source)
         if script.name == "download_smollm2.py" and "--tiny" not in words:
             words = [*words, "--tiny"]
+        if self.cut_after:
+            place = "+common.training:Training.step"
+            words = [str(ROOT / "tests" / "killed.py"), str(int(signal.SIGINT)), place, str(self.cut_after), *words]
         try:
             with self.one_script:
                 done = self.go("python", *words, cwd=cwd, env=env, ok=None)
@@ -377,7 +383,7 @@ def requirements(path: Path) -> List[Requirement]:
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`\s]*)[^`]*")
 COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
-MARKER = re.compile(r"(not run|not compared|compared up to|from|file): (\S.*)")
+MARKER = re.compile(r"(not run|not compared|compared up to|Ctrl-C|from|file): (\S.*)")
 
 
 class Block(NamedTuple):
@@ -514,7 +520,18 @@ class Reader:
             follow(block)
 
     def _bash(self, block: Block) -> None:
-        self._keep(block, *self.shell(block.text))
+        cut = block.marks.get("Ctrl-C")
+        step = re.fullmatch(r"after step (\d+)", cut or "after step 0")
+        if not step:
+            raise Mistake(block.line - 2, f"after which step? {cut!r} does not tell")
+        self.shell.cut_after = int(step.group(1))
+        try:
+            status, out, err = self.shell(block.text)
+        finally:
+            self.shell.cut_after = 0
+        if cut and status != INTERRUPTED:
+            raise Mistake(block.line, f"exit status {status}, where Ctrl-C should have ended it\n{out + err[-3000:]}")
+        self._keep(block, 0 if cut else status, out, err)
 
     def _python(self, block: Block) -> None:
         if "from" not in block.marks:

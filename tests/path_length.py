@@ -30,7 +30,9 @@ def entered(script: str, words: list) -> Dict[str, Set[int]]:
     codes = set()
 
     def profile(frame, event, _):
-        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+        # a class's body is run at its definition, and is not read for that
+        of_function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
+        if event == "call" and of_function and frame.f_code.co_filename.startswith(OURS):
             codes.add(frame.f_code)
             if frame.f_code.co_name == "train":  # in its frame the optimizer is at hand
                 optimizer = frame.f_locals["optimizer"]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from common import UserError
 from common.accelerator import start_accelerator
 from common.batching import Batches
+from common.checkpoints import Checkpoints
 from common.dataset_cache import load_dataset, prepare_dataset
 from common.model_directory import adapter_facts, base_of, require_adapter, require_model
 from common.optimizer import make_optimizer
@@ -127,7 +128,8 @@ def files(folder):
 
 
 def dataset_of(**splits):
-    return {"train": a_split(1, rows=16), "validation": a_split(2, rows=6), "meta": {"template": "alpaca"}, **splits}
+    parts = {"train": a_split(1, rows=16), "validation": a_split(2, rows=6), "meta": {"template": "alpaca"}}
+    return {**parts, "sha256": "", **splits}
 
 
 # ------------------------------------------------------------------------------------------------ what is trained
@@ -140,7 +142,7 @@ def test_only_the_adapters_weights_change_and_the_base_stays_bit_for_bit(bits, k
     model = adapted(args, BF16)
     base, adapter = base_weights(model), adapter_weights(model)
     assert {tensor.dtype for tensor in base.values()} >= {{0: torch.bfloat16, 4: torch.uint8, 8: torch.int8}[bits]}
-    train(model, make_optimizer(model, args, BF16), dataset_of(), args, BF16)
+    train(model, make_optimizer(model, args, BF16), dataset_of(), args, BF16, Checkpoints(args))
     assert same(base_weights(model), base)
     changed = adapter_weights(model)
     assert len(changed) == len(adapter) and not [name for name in adapter if torch.equal(adapter[name], changed[name])]
@@ -214,7 +216,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(directory
         args = lora(directory("llama3"), tmp_path, seed=seed, max_train_steps=2, eval_rows=0, lora_dropout=0.1)
         torch.manual_seed(seed)
         model = load_to_train(args, CPU)
-        train(model, make_optimizer(model, args, CPU), dataset_of(), args, CPU)
+        train(model, make_optimizer(model, args, CPU), dataset_of(), args, CPU, Checkpoints(args))
         made.append(adapter_weights(model))
     assert same(made[0], made[1])
     assert not [name for name in made[0] if torch.equal(made[0][name], made[2][name])]
@@ -239,7 +241,7 @@ def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(acce
     torch.manual_seed(0)
     model = load_to_train(args, accelerator)
     model.network.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
-    train(model, make_optimizer(model, args, accelerator), dataset, args, accelerator)
+    train(model, make_optimizer(model, args, accelerator), dataset, args, accelerator, Checkpoints(args))
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     before, after = (record["held_out_loss"] for record in log if "held_out_loss" in record)
     first, *_, last = (record["loss"] for record in log if "loss" in record)
@@ -296,7 +298,7 @@ def test_states_of_the_optimizer_are_in_8_bit_on_a_quantized_base(bits, director
     optimizer = make_optimizer(model, args, CPU)
     assert isinstance(optimizer, AdamW8bit)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]  # an adapter is matrices alone
-    train(model, optimizer, dataset_of(), args, CPU)
+    train(model, optimizer, dataset_of(), args, CPU, Checkpoints(args))
     assert len(optimizer.state) == len(adapter_weights(model))
     for weight, state in optimizer.state.items():
         expected = torch.uint8 if weight.numel() >= 4096 else torch.float32  # bitsandbytes leaves small ones alone
@@ -330,7 +332,7 @@ def test_the_optimizer_is_torchs_own_where_there_is_nothing_in_8_bit(bits, direc
 def test_a_saved_and_reloaded_adapter_gives_the_same_loss(bits, kind, directory, tmp_path, capsys):
     args = lora(directory(kind), tmp_path, bits=bits, eval_step=2)
     module, folder = adapted(args), tmp_path / "adapter"
-    run = train(module, make_optimizer(module, args, CPU), dataset_of(), args, CPU)
+    run = train(module, make_optimizer(module, args, CPU), dataset_of(), args, CPU, Checkpoints(args))
     save_model(module, load_tokenizer(directory(kind)), str(folder), run=run)
     batch = Batches(dataset_of()["validation"], 4, 200).of(list(range(6)))[0]
     capsys.readouterr()

@@ -71,7 +71,11 @@ def test_no_such_model_on_the_hub(hub, folder):
 def test_data_of_the_hub(hub, ready, warm):
     """By the words of the page, version 3.0.0 of the news: the same rows as from the sample."""
     done = run(PREPARE, cwd=ready, env={"HF_ENDPOINT": hub.url})
-    assert done.stdout.splitlines()[-1] == "Dataset saved as ./llama3_dataset.pt"
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ["Loading Tokenizer...", "Downloading dataset...", "Preprocessing dataset..."]
+    assert lines[-1] == "Dataset saved as ./llama3_dataset.pt"
+    again = run(PREPARE, cwd=ready, env={"HF_ENDPOINT": hub.url})  # it is there, and that is not said to be a download
+    assert again.stdout.splitlines() == lines[:1] + lines[2:]
     of_hub = torch.load(ready / "llama3_dataset.pt")
     assert of_hub["meta"]["dataset"] == f"{NEWS} at {hub.commit('datasets', NEWS)}"
     warm(PREPARE, "--dataset-name-or-path", "dataset/samples/cnn_dailymail", cwd=ready)

@@ -94,6 +94,33 @@ def test_a_model_that_names_code_and_needs_none(model, ready, warm):
     assert "[SUMMARIZE]" in done.stdout and "[y/N]" not in done.stdout
 
 
+class Runs:
+    """In a pickle it is a call of open(), which makes the file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["alone", "beside safetensors"])
+@pytest.mark.parametrize("script", ["train", "inference"])
+def test_pickled_weights_that_run_something(script, whole, ready, warm):
+    """They are unpickled as tensors only, and where there is a safetensors file not at all."""
+    model = ready / "llama3-8b"
+    weights = {"model.embed_tokens.weight": torch.zeros(2, 2), "more": Runs(str(ready / "ran"))}
+    torch.save(weights, model / "pytorch_model.bin")
+    if not whole:
+        (model / "model.safetensors").unlink()
+    done = warm(SCRIPTS[script], cwd=ready, ok=None)
+    assert not (ready / "ran").exists()
+    if whole:
+        assert done.returncode == 0, done.stderr
+    else:
+        error_of(done)
+
+
 def test_a_model_of_the_hub_that_needs_code(model, ready, warm, warm_hub):
     config_needs_code(model)
     warm_hub.repos["models"]["org/strange"] = {file.name: file.read_bytes() for file in model.iterdir()}

@@ -313,7 +313,10 @@ def test_a_row_that_is_no_text_or_no_object_is_named(refused):
 def test_a_row_is_named_under_the_names_of_columns_too(ready, warm):
     rows = [{"text": "a", "summary": "b"}] * 2
     for number, (bad, words) in enumerate(
-        [({"text": "a"}, ["no column 'summary'", "text"]), ({"text": "a", "summary": ["b"]}, ["'summary'", "a list"])]
+        [
+            ({"text": "a"}, ["no column 'summary'", "text"]),
+            ({"text": "a", "summary": ["b"]}, ["'highlights'", "a list"]),
+        ]
     ):
         name = f"{number}.jsonl"
         (ready / name).write_text("".join(json.dumps(row) + "\n" for row in [*rows, bad]))
@@ -378,8 +381,15 @@ def test_an_object_at_the_top_says_which_lists_it_has(indent, refused):
     refused("space.json", json.dumps(rows, indent=indent), "my rows", "'space.json#my rows'")
     columns = {"article": {"0": "a"}, "highlights": {"0": "b"}}  # pandas, without orient
     refused("columns.json", json.dumps(columns, indent=indent), "article, highlights", 'orient="records"')
+    refused("tags.json", json.dumps({"tags": ["a"], **KORQUAD}, indent=indent), "tags, data,", "'tags.json#data'")
     split = {"columns": ["article"], "index": [0], "data": [["a"]]}
     refused("split.json", json.dumps(split, indent=indent), "row 1", "not a JSON object", chosen="split.json#data")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_an_object_with_texts_and_lists_of_no_objects_is_one_row(indent, answers):
+    row = {"instruction": "do", "output": "yes", "tags": ["a", "b"], "more": {"of": [1], "none": []}}
+    assert answers("one.json", json.dumps(row, indent=indent)) == (["yes"], 0)
 
 
 def test_a_list_that_is_not_there(refused, ready, warm):

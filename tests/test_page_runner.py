@@ -176,6 +176,8 @@ QUOTE = "<!-- from: dataset/templates.py -->\n```python\n"
         ("# A\n\n<!-- not-run: b -->\n```bash\necho\n```", 3, "unknown marker"),
         ("# A\n\n<!-- not run: -->\n```bash\necho\n```", 3, "unknown marker"),
         ("<!-- file: ../../a.txt -->\n```text\nb\n```", 2, "outside"),
+        ("<!-- Ctrl-C: soon -->\n```bash\necho\n```", 1, "after which step"),
+        ("<!-- Ctrl-C: after step 2 -->\n```bash\necho\n```", 3, "exit status 0, where Ctrl-C"),
         ("```diff\n-a\n+b\n```", 2, "a diff that is to be applied"),
         ("```diff\n--- a/LICENSE\n+++ b/LICENSE\n@@ -1 +1 @@\n-a\n+b\n```", 4, "does not fit LICENSE"),
     ],

@@ -15,9 +15,10 @@ from argparse import Namespace
 import pytest
 import torch
 
-from common import UserError, training
+from common import UserError, progress, training
 from common.accelerator import Accelerator, start_accelerator
 from common.batching import Batches
+from common.checkpoints import Checkpoints
 from common.optimizer import learning_rate, make_optimizer
 from common.training import train
 from model.loading import load_model, load_to_train, save_model
@@ -40,7 +41,9 @@ def options(tmp_path, **changed):
         "batch_size": 4, "epochs": 1, "max_train_steps": 0, "micro_batch_tokens": 200, "train_on_prompt": False,
         "block_size": 64, "lr": 1e-3, "weight_decay": 0.01, "warmup_steps": 0, "lr_scheduler": "constant", "seed": 0,
         "max_grad_norm": 1.0, "log_interval": 1, "eval_step": 0, "eval_rows": 256, "save_dir": str(tmp_path / "out"),
-        "bits": 0, "use_lora": False, "gradient_checkpointing": False,
+        "bits": 0, "use_lora": False, "gradient_checkpointing": False, "model_name_or_path": "model",
+        "dataset_name_or_path": "data", "save_steps": 0, "save_total_limit": 1, "restart": False, "keep_best": False,
+        "skip_nonfinite": 0,
     }  # fmt: skip
     return Namespace(**{**values, **changed})
 
@@ -50,11 +53,16 @@ def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
     args = options(tmp_path, **changed)
     torch.manual_seed(args.seed)
     model = load_model(directory, accelerator.device, torch.float32)
-    dataset = {"train": a_split(1, rows=30), "validation": a_split(2, rows=9), "meta": {"template": "alpaca"}}
+    dataset = {
+        "train": a_split(1, rows=30),
+        "validation": a_split(2, rows=9),
+        "meta": {"template": "alpaca"},
+        "sha256": "",
+    }
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         module = kind(model, accelerator.static_shapes)
-        facts = train(module, make_optimizer(module, args, accelerator), dataset, args, accelerator)
+        facts = train(module, make_optimizer(module, args, accelerator), dataset, args, accelerator, Checkpoints(args))
     with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
         return model, [json.loads(line) for line in file], printed.getvalue(), facts
 
@@ -137,19 +145,21 @@ def test_learning_rate_schedules(directory, tmp_path):
 
 
 def test_gradients_are_clipped_to_the_norm(directory, tmp_path, monkeypatch):
-    norms = []
+    norms, limits = [], []
     clip = torch.nn.utils.clip_grad_norm_
 
     def recording(parameters, limit):
         parameters = list(parameters)
-        clip(parameters, limit)
+        norm = clip(parameters, limit)
         norms.append(math.sqrt(sum(float((weight.grad**2).sum()) for weight in parameters)))
+        limits.append((float(norm), limit))
+        return norm
 
     monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", recording)
     run(directory, tmp_path, max_grad_norm=0.01)
     assert len(norms) == 7 and all(norm <= 0.0101 for norm in norms)
-    run(directory, tmp_path, max_grad_norm=0.0)
-    assert len(norms) == 7  # 0: not clipped
+    run(directory, tmp_path, max_grad_norm=0.0)  # measured, and not clipped
+    assert norms[7:] == [pytest.approx(norm, rel=1e-4) for norm, _ in limits[7:]] and len(norms) == 14
 
 
 def test_norms_and_biases_do_not_decay(directory, tmp_path):
@@ -171,13 +181,14 @@ def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, mo
         def synchronize(self):
             events.append("finished")
 
-    clock = training.perf_counter
-    monkeypatch.setattr(training, "perf_counter", lambda: events.append("clock") or clock())
-    # at the start; for each line: the device finishes, the line's time is read, the next starts; around the last pass
-    for eval_rows, last_pass in ((0, []), (256, ["finished", "clock", "clock"])):
+    clock = progress.perf_counter
+    monkeypatch.setattr(progress, "perf_counter", lambda: events.append("clock") or clock())
+    # at the start; for each line: the device finishes, the line's time is read, the next starts; the same around the
+    # held-out losses of the begin and of the end, for which the clock stands still
+    for eval_rows, times in ((0, 7), (256, 9)):
         events.clear()
         run(directory, tmp_path, Recording(*CPU), eval_rows=eval_rows)
-        assert events == ["clock"] + ["finished", "clock", "clock"] * 7 + last_pass
+        assert events == ["clock"] + ["finished", "clock", "clock"] * times
 
 
 def test_throughput_counts_no_padding(directory, tmp_path):
@@ -188,7 +199,7 @@ def test_throughput_counts_no_padding(directory, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_with_what_to_do(directory, tmp_path):
-    with pytest.raises(UserError, match=r"The loss became (nan|inf) by step \d+\. Take a smaller --lr"):
+    with pytest.raises(UserError, match=r"The (loss|gradient norm) of step \d+ is (nan|inf)\. Take a smaller --lr"):
         run(directory, tmp_path, epochs=30, lr=1e20, max_grad_norm=0.0)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import Parser
+from common.parser import Parser
 from model.plan import METHODS, TUTORIALS, memory_needed, way_to_run
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "bitsandbytes")

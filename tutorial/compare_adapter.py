@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common import less_memory
-from common.arguments import COUNT, Parser, add_bits
 from common.dataset_cache import held_out_questions, load_dataset
 from common.model_directory import require_adapter
+from common.parser import COUNT, Parser, add_bits
 from common.tokenization import load_tokenizer
 
 

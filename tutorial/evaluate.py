@@ -29,10 +29,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common import UserError, less_memory
-from common.arguments import COUNT, Parser, add_bits
 from common.dataset_cache import held_out_questions, load_dataset
 from common.files import require_place, written_whole
 from common.model_directory import base_of, require_model, run_of
+from common.parser import COUNT, Parser, add_bits
 from common.tokenization import fingerprint, load_tokenizer
 from dataset.scores import digits, measures_of, score_of
 

@@ -12,9 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common import UserError
-from common.arguments import Parser
 from common.files import require_place, require_room
 from common.model_directory import base_of, bytes_of_weights, require_adapter, run_of
+from common.parser import Parser
 from common.tokenization import load_tokenizer
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common.arguments import train_arguments
+from common.checkpoints import Checkpoints
 from common.dataset_cache import load_dataset
 from common.model_directory import require_model
 from common.tokenization import load_tokenizer
@@ -31,6 +32,7 @@ def main():
         log_interval=10,
     )
     require_model(args.model_name_or_path, hint=DOWNLOAD)
+    checkpoints = Checkpoints(args)  # a run that was cut goes on
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
     from common.accelerator import start_accelerator
@@ -44,7 +46,7 @@ def main():
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
     model = load_to_train(args, accelerator)  # with its loss; every weight, or with --use-lora an adapter
     optimizer = make_optimizer(model, args, accelerator)
-    run = train(model, optimizer, dataset, args, accelerator)
+    run = train(model, optimizer, dataset, args, accelerator, checkpoints)
     save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=run)
 
 

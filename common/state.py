@@ -1,0 +1,64 @@
+"""How far a training has come, and whether a command is that of the run that was cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import List, Optional
+
+# options that change nothing of what is learned; two that are compared by what they name; two that make the steps
+FREE = {
+    "save_dir", "log_interval", "eval_step", "eval_rows", "save_steps", "save_total_limit", "restart",
+    "micro_batch_tokens", "gradient_checkpointing", "deterministic", "skip_nonfinite",
+    "model_name_or_path", "dataset_name_or_path", "epochs", "max_train_steps",
+}  # fmt: skip
+
+
+@dataclass
+class State:
+    """How far a training has come, besides its tensors."""
+
+    step: int = 0  # the last one that is finished
+    reported: bool = False  # whether its log line and its held-out loss have been told
+    loss_sum: float = 0.0  # of the log line under way, like the next three; in the training a tensor on the device
+    label_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0  # steps without a finite loss or gradient
+    micro_batch_tokens: int = 0
+    best_step: int = 0
+    best_loss: Optional[float] = None  # of the held-out rows, where --keep-best asks for it
+    records: List[dict] = field(default_factory=list)  # of training_log.jsonl
+
+
+def other_options(facts: dict, options: dict, model: str) -> List[str]:
+    """Options by which a run would become another one than that of a checkpoint's `facts`, for the reader.
+
+    model: a fingerprint of its weights, by which a directory may be moved."""
+    before = facts["options"]
+    asked = [name for name in {**before, **options} if name not in FREE]
+    if not options["use_lora"]:
+        asked = [name for name in asked if not name.startswith("lora_")]
+    names = sorted(name for name in asked if before.get(name) != options.get(name))
+    differ = [f"--{name.replace('_', '-')} was {before.get(name)} and is {options.get(name)}" for name in names]
+    if facts["model"] != model:
+        names = before["model_name_or_path"], options["model_name_or_path"]
+        differ.append(f"--model-name-or-path was {names[0]} and is {names[1]}, whose weights are others")
+    return differ
+
+
+def other_run(facts: dict, now: dict, options: dict) -> List[str]:
+    """The same of what the options alone don't tell: "dataset" (a digest), "dtype" and "steps"."""
+    differ = []
+    if facts["dataset"] != now["dataset"]:
+        names = facts["options"]["dataset_name_or_path"], options["dataset_name_or_path"]
+        differ.append(f"--dataset-name-or-path was {names[0]} and is {names[1]}, whose rows are others")
+    if facts["dtype"] != now["dtype"]:
+        differ.append(f"products were in {facts['dtype']} and are in {now['dtype']} on this device")
+    if facts["steps"] != now["steps"]:
+        steps = f"--epochs and --max-train-steps made {facts['steps']} steps and make {now['steps']}"
+        schedule, done = options["lr_scheduler"], facts["state"]["step"]
+        if schedule != "constant":
+            differ.append(f"{steps}, on which the {schedule} learning rate depends")
+        elif now["steps"] <= done:
+            differ.append(f"{steps}, and {done} are done")
+    return differ
