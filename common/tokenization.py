@@ -9,7 +9,6 @@ from itertools import compress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 from common import UserError, cause_of
-from common.cutting import encodings, fit
 from common.model_directory import positions_and_embeddings, require_directory
 
 
@@ -67,6 +66,8 @@ def fingerprint(tokenizer) -> str:
 
 def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
     """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
+    from common.cutting import fit  # here, because a training has no use for it
+
     return fit(tokenizer, [example.prompt], [limit])[0][0]
 
 
@@ -81,12 +82,16 @@ def encode_rows(
     answer without a token, and where a block has no room for an answer.
     """
     from common.columns import applied, place_of  # a training encodes no rows
+    from common.cutting import fit
+    from common.words import BEGIN, as_list, words_of
 
     examples = [applied(template, row) for row in rows]
     has_answer = [bool(example.answer and example.answer.strip()) for example in examples]
     answered = list(compress(examples, has_answer))
     counts = Counter({"rows": len(answered), "dropped": len(examples) - len(answered)})
-    answers = [encoding.ids for encoding in encodings(tokenizer, [example.answer for example in answered], False)]
+    words = words_of(tokenizer)
+    parts = words.ids([words.units(BEGIN + example.answer) for example in answered])
+    answers = [as_list(b"".join(ids)) for ids in parts]
     if not all(answers):  # of letters that the tokenizer leaves out: it would learn to say nothing, or nothing at all
         place = place_of(list(compress(rows, has_answer))[answers.index([])])
         raise UserError(f"{place}: the tokenizer makes no token of its answer, so there is nothing to learn. Mend it.")

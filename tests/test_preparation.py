@@ -11,8 +11,9 @@ import time
 import psutil
 import pytest
 
-from common.cutting import encodings, fit
+from common.cutting import fit
 from common.preparation import Encoder, encoded_chunks
+from common.words import encodings
 from dataset.templates import alpaca, instruction, summarization
 from tests.conftest import start
 from tests.helpers import KINDS, PREPARE, SAMPLE, contents, rows_of, tells
