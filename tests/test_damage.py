@@ -43,7 +43,7 @@ def overwritten(rng, content, document):
     content, length = bytearray(content), rng.choice([1, 16, 512, 4096])
     place = rng.randrange(len(content) - length)
     content[place : place + length] = rng.choice(
-        [bytes(length), rng.randbytes(length) if length < 64 else b"\xff" * length]
+        [bytes(length), bytes(rng.getrandbits(8) for _ in range(length)) if length < 64 else b"\xff" * length]
     )
     return bytes(content)
 
