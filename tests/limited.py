@@ -2,15 +2,17 @@
 
     python tests/limited.py files 100000 tutorial/train_llama3.py --batch-size 8 ...
     python tests/limited.py memory 100000000 tutorial/train_llama3.py --batch-size 64 ...
+    python tests/limited.py room 5000000 tutorial/train_llama3.py --batch-size 8 ...
 
 The system refuses what is more, as a full disk or a full memory does: nothing is put in the place of anything
-(https://man7.org/linux/man-pages/man2/setrlimit.2.html).
+(https://man7.org/linux/man-pages/man2/setrlimit.2.html). But `room` is only what is told of the disk.
 """
 
 from __future__ import annotations
 
 import resource
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -43,6 +45,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     if what == "files":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(count), int(count)))
+    elif what == "room":
+        shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**12, 10**12 - int(count), int(count))
     else:
         limit_memory(int(count))
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)

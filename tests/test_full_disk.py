@@ -15,6 +15,25 @@ TRAIN = "tutorial/train_llama3.py --batch-size 8 --max-train-steps 6 --log-inter
 SAVED = "llama3_summarization"
 
 
+def test_a_disk_that_has_no_room_for_two_checkpoints(ready, warm):
+    """One is 3.8 MB. Asked for, they are refused before the training; else it is one line."""
+    words = TRAIN.replace(" --save-steps 2", "")
+    before = contents(ready)
+    for more in ("--save-steps 2", "--keep-best --eval-step 2"):
+        done = warm(f"{LIMITED} room 5000000 {words} {more}", cwd=ready, ok=None)
+        tells(done, "no room for", "checkpoints of 0.0 GB", "GB are missing", "--save-dir", "--save-steps")
+        assert "Loss" not in done.stdout and contents(ready) == before
+    done = warm(f"{LIMITED} room 5000000 {words}", cwd=ready)
+    (line,) = [line for line in done.stdout.splitlines() if "no room" in line]
+    assert "This run writes none" in line and weights(ready / SAVED)
+    stopped = f"{ROOT}/tests/killed.py 15 +common.training:Training.step 3 {words}"
+    done = warm(f"{LIMITED} room 5000000 {stopped}", cwd=ready, ok=None)
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "Stopped, and nothing is kept. Run the same command to start again."
+    done = warm(f"{LIMITED} room 9000000 {words} --save-steps 2", cwd=ready)
+    assert "no room" not in done.stdout
+
+
 def test_without_room_for_a_checkpoint_the_training_goes_on_and_says_so_once(ready, warm):
     """The model, of 0.6 MB, has room, a checkpoint has not."""
     done = warm(f"{LIMITED} files 1000000 {TRAIN}", cwd=ready)

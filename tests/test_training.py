@@ -203,6 +203,55 @@ def test_a_loss_that_is_no_number_ends_with_what_to_do(directory, tmp_path):
         run(directory, tmp_path, epochs=30, lr=1e20, max_grad_norm=0.0)
 
 
+class Strange(CausalLMLoss):
+    """Its loss, or only its gradient, is no number at some micro-batches, by their numbers."""
+
+    at, loss = (), math.nan
+
+    def forward(self, *batch):
+        loss = super().forward(*batch)
+        if not torch.is_grad_enabled():
+            return loss
+        self.seen = getattr(self, "seen", 0) + 1
+        if self.seen not in self.at:
+            return loss
+        weight = next(self.parameters())
+        return loss + self.loss if self.loss else loss + (weight - weight.detach()).abs().sqrt().sum()  # 0, d/dx inf
+
+
+@pytest.mark.parametrize("loss, word", [(math.nan, "loss"), (math.inf, "loss"), (0.0, "gradient norm")])
+def test_a_step_that_is_no_number_is_left_out_and_counted(loss, word, directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(Strange, "loss", loss)
+    same = {"micro_batch_tokens": 10_000, "eval_rows": 0}  # a micro-batch a step
+    before = []
+
+    class Watched(Strange):
+        def forward(self, *batch):
+            before.append([weight.detach().clone() for weight in self.parameters()])
+            return super().forward(*batch)
+
+    monkeypatch.setattr(Strange, "at", (3, 5))
+    _, records, printed, _ = run(directory, tmp_path, kind=Watched, skip_nonfinite=2, **same)
+    assert f"The {word} of step 3 is" in printed
+    assert [record["step"] for record in records if "skipped" in record] == [3, 5]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 4, 6, 7]
+    assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
+    for step in (3, 5):  # nothing of it has reached a weight
+        assert all(map(torch.equal, before[step - 1], before[step]))
+    assert not all(map(torch.equal, before[3], before[4]))
+    with pytest.raises(UserError, match=f"The {word} of step 5 is"):
+        run(directory, tmp_path, kind=Strange, skip_nonfinite=1, **same)
+    with pytest.raises(UserError, match=f"The {word} of step 3 is"):
+        run(directory, tmp_path, kind=Strange, **same)
+
+
+def test_a_broken_training_leaves_the_good_checkpoint(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(Strange, "at", (4,))
+    with pytest.raises(UserError, match=r"of step 4 is nan.*--restart \(.*checkpoint-3 is from before it\)"):
+        run(directory, tmp_path, kind=Strange, micro_batch_tokens=10_000, eval_rows=0, save_steps=1)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
 def test_static_shapes_are_static_for_the_short_last_batch_too(directory, tmp_path):
     shapes = set()
 
