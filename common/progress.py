@@ -59,7 +59,7 @@ class TrainingLog:
 
     def best(self, step: int, loss: float) -> None:
         """Of --keep-best: the step whose weights are saved."""
-        self.say(f"Best held-out loss: {loss:.5f}, after step {step}, whose weights are saved")
+        self._tell(f"Best held-out loss: {loss:.5f}, of the weights that are saved", step=step, best_held_out_loss=loss)
         self.best_point = step, loss
 
     def say(self, words: str) -> None:
