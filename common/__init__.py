@@ -118,6 +118,11 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says first of its error, as a part of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def cause_of(error: Exception) -> str:
     """Why a model's files could not be loaded, and what helps, for the reader; "" where nothing tells."""
     text = " ".join(str(error).split())

@@ -79,9 +79,9 @@ def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
         raise UserError("it is there, and is another trainer's")
     with written_whole(checkpoint, stale=("*",)) as new:
         new.mkdir()
-        if _dcp():
+        if dcp():
             with _without_warnings():
-                _dcp().save(tensors, checkpoint_id=str(new))
+                dcp().save(tensors, checkpoint_id=str(new))
         else:
             import torch
 
@@ -95,12 +95,12 @@ def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
 
 def read_tensors(checkpoint: Path, tensors: dict) -> dict:
     """The tensors of a checkpoint that is whole: torch.distributed.checkpoint reads into those of `tensors`."""
-    if not _dcp():
+    if not dcp():
         import torch
 
         return torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
     with _without_warnings():
-        _dcp().load(tensors, checkpoint_id=str(checkpoint))
+        dcp().load(tensors, checkpoint_id=str(checkpoint))
     return tensors
 
 
@@ -110,17 +110,17 @@ def remove_checkpoint(checkpoint: Path) -> None:
         os.replace(checkpoint, Path(scratch) / checkpoint.name)
 
 
-def _dcp():
+def dcp():
     """torch.distributed.checkpoint, where it works without a process group: in torch 2.2 and newer; else None."""
     try:
-        import torch.distributed.checkpoint as dcp
+        import torch.distributed.checkpoint as found
     except ImportError:  # before torch 2.0, and where torch was built without it
         return None
-    return dcp if hasattr(dcp, "save") else None
+    return found if hasattr(found, "save") else None
 
 
 def _stored_by() -> str:
-    return "torch.distributed.checkpoint" if _dcp() else "torch.save"
+    return "torch.distributed.checkpoint" if dcp() else "torch.save"
 
 
 @contextmanager

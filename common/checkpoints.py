@@ -44,7 +44,7 @@ class Checkpoints:
         self.lock = Lock(self.directory)
         remove_scratch(self.directory)
         self.model = weights_fingerprint(args.model_name_or_path)
-        self.options = dict(vars(args))
+        self.options = dict(vars(args))  # as given: bits may become those of the base
         self.run = uuid.uuid4().hex
         self.kept: List[Path] = []  # of this run, the newest first
         self.others = checkpoints_in(self.directory)  # of an earlier one, until the first new one is whole
@@ -121,7 +121,7 @@ class Checkpoints:
         for other in late + [other for other in self.others if other != path]:
             remove_checkpoint(other)
         self.kept, self.others = [other for other in self.kept if other not in late], []
-        self._tell_what_follows(state.step)
+        _tell_what_follows(state.step, self.what["steps"])
         return True
 
     def leave(self, state: State, stop: StopRequest) -> None:
@@ -137,6 +137,8 @@ class Checkpoints:
 
     def take_weights_of(self, step: int) -> bool:
         """Give the model the weights that it had after `step`, of which there is a checkpoint; whether it was whole."""
+        if step == self.what["steps"]:  # it has them: they are the last ones
+            return True
         path = self.directory / f"checkpoint-{step}"
         damage = damage_of(path)
         if damage:
@@ -165,9 +167,9 @@ class Checkpoints:
             self.facts, self.run = facts, facts["run"]
             self.kept = [path] + [p for p in self.others if p != path and facts_of(p).get("run") == self.run]
             self.others = [other for other in self.others if other not in self.kept]
-            step, self.what = facts["state"]["step"], facts
-            print(f"Continuing from step {step} of {facts['steps']}: {path}", flush=True)
-            self._tell_what_follows(step)
+            step, steps = facts["state"]["step"], facts["steps"]
+            print(f"Continuing from step {step} of {steps}: {path}", flush=True)
+            _tell_what_follows(step, steps)
             return
         raise UserError(f"{problem}, so that nothing can go on from it. To begin anew: --restart.")
 
@@ -177,10 +179,6 @@ class Checkpoints:
                 f"{path} is of a run with other options: {'; '.join(differ)}. Give them as they were to go on, or "
                 "--restart to begin anew."
             )
-
-    def _tell_what_follows(self, step: int) -> None:
-        what = "to save the model" if step == self.what["steps"] else f"to go on from step {step}"
-        after_interrupt[:] = [f"Run the same command {what}."]
 
     def _require_room(self) -> None:
         numbers = sum(weight.numel() for weight in self._weights().values())
@@ -210,3 +208,8 @@ class Checkpoints:
 
         optimizer = state_of(self.optimizer, self.network)
         return {"weights": self._weights(), "optimizer": optimizer, "random": self.accelerator.random_states()}
+
+
+def _tell_what_follows(step: int, steps: int) -> None:
+    what = "to save the model" if step == steps else f"to go on from step {step}"
+    after_interrupt[:] = [f"Run the same command {what}."]

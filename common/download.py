@@ -17,7 +17,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common import STOPPING, UserError
+from common import STOPPING, UserError, first_line
 from common.files import require_place, require_room
 from common.model_directory import check_weights
 
@@ -213,7 +213,7 @@ def _explain(error, repo_id, save_dir, token):
                 f"{constants.ENDPOINT} has no model {repo_id}, or it is {private}: "
                 "check --model-name, or give the --token of an account that may read it"
             )
-    reason = (str(chain[-1]).strip() or type(chain[-1]).__name__).splitlines()[0][:200]
+    reason = first_line(chain[-1])[:200]
     return (
         f"the download from {constants.ENDPOINT} failed ({reason}): check the network, then {AGAIN}; "
         "to rehearse without a network, use --tiny"

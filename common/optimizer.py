@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 from functools import partial
 
 import torch
 from torch import nn
 
 from common.accelerator import Accelerator
+from common.checkpoint_files import dcp
 
 
 def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.optim.Optimizer:
@@ -64,11 +64,11 @@ def set_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict) -
 
 
 def _state_by_name():
-    with suppress(ImportError):
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint import state_dict
+    if not dcp():
+        return None
+    from torch.distributed.checkpoint import state_dict
 
-        return state_dict if hasattr(dcp, "save") else None
+    return state_dict
 
 
 def _can_step(make, device: torch.device) -> bool:

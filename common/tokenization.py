@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import compress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
-from common import UserError, cause_of
+from common import UserError, cause_of, first_line
 from common.model_directory import positions_and_embeddings, require_directory
 
 
@@ -34,7 +34,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         cause = cause_of(error)
         if cause and not isinstance(error, ImportError):  # slow forms ask for packages that no tutorial needs
             raise UserError(f"{model_dir} can't be used: {cause}") from None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)[:200]
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
         raise UserError(f"The tokenizer of {model_dir} has no fast form (tokenizer.json), which preparing rows needs.")

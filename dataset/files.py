@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
-from common import UserError
+from common import UserError, first_line
 from dataset.json_files import json_array, json_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -135,10 +135,12 @@ class FileRows:
                 try:
                     [row] = one.to_pylist()
                 except Exception as error:  # text that isn't UTF-8, a year or a time zone that Python has not
-                    raise UserError(f"{self.path}, row {number} can't be read: {first_line(error)}. Mend it.") from None
+                    raise UserError(
+                        f"{self.path}, row {number} can't be read: {first_line(error).rstrip('.')}. Mend it."
+                    ) from None
                 yield f"row {number}", shortened(row, narrow)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{self.path} is not a valid .parquet file: {first_line(error)}") from None
+            raise UserError(f"{self.path} is not a valid .parquet file: {first_line(error).rstrip('.')}") from None
 
 
 def require_no_other(path: Path) -> None:
@@ -179,8 +181,3 @@ def _require_names(place: str, names: List[str]) -> None:
             )
         if name in names[: number - 1]:
             raise UserError(f"{place}: two columns have the name {name[:40]!r}. Rename one of them.")
-
-
-def first_line(error: Exception) -> str:
-    """What a library says of its error, as a part of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -8,7 +8,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
-from common import UserError
+from common import UserError, first_line
 from dataset.files import (
     NARROW,
     OTHERS,
@@ -16,7 +16,6 @@ from dataset.files import (
     WHAT_DATA_CAN_BE,
     FileRows,
     Row,
-    first_line,
     require_no_other,
     shortened,
 )
@@ -138,8 +137,9 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     except Exception as error:  # of many types in each version of datasets, huggingface_hub and their HTTP library
+        reason = first_line(error).rstrip(".")
         raise UserError(
-            f"The dataset {name} could not be loaded from the hub: {first_line(error)}. Check the name and the "
+            f"The dataset {name} could not be loaded from the hub: {reason}. Check the name and the "
             f"network, or rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
         ) from None
     if "train" not in loaded:

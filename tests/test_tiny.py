@@ -35,21 +35,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    parent = tmp_path_factory.mktemp("tiny")
-    for kind in KINDS:
-        write_tiny(kind, parent / kind)
-    return {kind: parent / kind for kind in KINDS}
+def tokenizers(stand_ins):
+    return {kind: AutoTokenizer.from_pretrained(str(folder)) for kind, folder in stand_ins.items()}
 
 
 @pytest.fixture(scope="module")
-def tokenizers(folders):
-    return {kind: AutoTokenizer.from_pretrained(str(folder)) for kind, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def models(folders):
-    return {kind: AutoModelForCausalLM.from_pretrained(str(folder)) for kind, folder in folders.items()}
+def models(stand_ins):
+    return {kind: AutoModelForCausalLM.from_pretrained(str(folder)) for kind, folder in stand_ins.items()}
 
 
 def check_conventions(kind, tokenizer):
@@ -137,8 +129,8 @@ def test_offsets_lead_back_to_the_text(kind, tokenizers):
 
 
 @pytest.mark.parametrize("kind", ["llama2", "mistral"])
-def test_tokenizer_json_equals_tokenizer_model(kind, folders, tokenizers):
-    original = sentencepiece.SentencePieceProcessor(model_file=str(folders[kind] / "tokenizer.model"))
+def test_tokenizer_json_equals_tokenizer_model(kind, stand_ins, tokenizers):
+    original = sentencepiece.SentencePieceProcessor(model_file=str(stand_ins[kind] / "tokenizer.model"))
     assert original.get_piece_size() == len(tokenizers[kind])
     assert (original.unk_id(), original.bos_id(), original.eos_id(), original.pad_id()) == (0, 1, 2, -1)
     texts = TEXTS + [text for text in tiny._texts()[:400] if text[:1] != " "] + ["aaaabababaa        aa", "1234567"]
@@ -201,14 +193,14 @@ def test_model_is_of_the_real_kind_and_runs(kind, models, tokenizers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_are_few_and_small(kind, folders):
+def test_files_are_few_and_small(kind, stand_ins):
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     names |= {"tokenizer.model"} if kind in ("llama2", "mistral") else set()
-    assert {file.name for file in folders[kind].iterdir()} == names
-    assert sum(file.stat().st_size for file in folders[kind].iterdir()) < 2.5e6
+    assert {file.name for file in stand_ins[kind].iterdir()} == names
+    assert sum(file.stat().st_size for file in stand_ins[kind].iterdir()) < 2.5e6
     mask = os.umask(0)
     os.umask(mask)
-    assert folders[kind].stat().st_mode & 0o777 == 0o777 & ~mask  # as readable for others as any new directory
+    assert stand_ins[kind].stat().st_mode & 0o777 == 0o777 & ~mask  # as readable for others as any new directory
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,7 +219,7 @@ def hashes(folder):
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-def test_same_seed_same_files_in_another_process(folders, tmp_path):
+def test_same_seed_same_files_in_another_process(stand_ins, tmp_path):
     """Nothing may depend on the order of a set, on what was made before, or on the number of threads."""
     script = "import sys; from model.tiny import *; [write_tiny(k, sys.argv[1] + '/' + k) for k in sys.argv[2:]]"
     environment = dict(os.environ, RAYON_NUM_THREADS="1", OMP_NUM_THREADS="1")
@@ -235,26 +227,26 @@ def test_same_seed_same_files_in_another_process(folders, tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path), *reversed(KINDS)]
     subprocess.run(command, check=True, cwd=str(ROOT), env=environment)
     for kind in KINDS:
-        assert hashes(tmp_path / kind) == hashes(folders[kind])
+        assert hashes(tmp_path / kind) == hashes(stand_ins[kind])
 
 
-def test_seed_changes_the_weights_alone_and_leaves_the_callers_random_numbers(folders, tmp_path):
+def test_seed_changes_the_weights_alone_and_leaves_the_callers_random_numbers(stand_ins, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     write_tiny("llama2", tmp_path / "a", seed=1)
     assert torch.equal(torch.rand(3), expected)
-    first, second = hashes(folders["llama2"]), hashes(tmp_path / "a")
+    first, second = hashes(stand_ins["llama2"]), hashes(tmp_path / "a")
     assert {name for name in first if first[name] != second[name]} == {"model.safetensors"}
 
 
-def test_a_directory_is_written_over_and_the_readers_own_files_stay(folders, tmp_path):
+def test_a_directory_is_written_over_and_the_readers_own_files_stay(stand_ins, tmp_path):
     write_tiny("llama2", tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
     write_tiny("llama3", tmp_path)
     found = hashes(tmp_path)
     assert found.pop("notes.txt") == hashlib.sha256(b"mine").hexdigest()
-    assert found == hashes(folders["llama3"])  # Llama2's tokenizer.model is gone as well
+    assert found == hashes(stand_ins["llama3"])  # Llama2's tokenizer.model is gone as well
 
 
 @pytest.mark.parametrize("name", ["model-00001-of-00003.safetensors", "pytorch_model.bin", ".cache/x/y.incomplete"])
@@ -281,7 +273,7 @@ def test_a_file_in_the_place_of_the_directory_is_named_and_kept(tmp_path):
     assert hashes(tmp_path) == {"llama3-8b": hashlib.sha256(b"mine").hexdigest()}
 
 
-def test_ctrl_c_leaves_nothing_behind(folders, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_nothing_behind(stand_ins, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -295,7 +287,7 @@ def test_ctrl_c_leaves_nothing_behind(folders, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_ctrl_c_while_one_replaces_another_leaves_one_of_the_two(folders, tmp_path, monkeypatch):
+def test_ctrl_c_while_one_replaces_another_leaves_one_of_the_two(stand_ins, tmp_path, monkeypatch):
     """tests/test_files.py kills at each line; here a stand-in is stopped when it is written and not in its place."""
     target = tmp_path / "model"
     write_tiny("llama2", target)
@@ -311,9 +303,9 @@ def test_ctrl_c_while_one_replaces_another_leaves_one_of_the_two(folders, tmp_pa
         patch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_tiny("llama3", target)
-    assert hashes(tmp_path / "model") == hashes(folders["llama2"]) and list(tmp_path.iterdir()) == [target]
+    assert hashes(tmp_path / "model") == hashes(stand_ins["llama2"]) and list(tmp_path.iterdir()) == [target]
     write_tiny("llama3", target)  # the same command again
-    assert hashes(target) == hashes(folders["llama3"])
+    assert hashes(target) == hashes(stand_ins["llama3"])
 
 
 def test_no_samples_is_said_in_one_line(tmp_path, monkeypatch):
@@ -334,9 +326,9 @@ def test_llama3_1_is_refused_exactly_where_the_real_one_would_not_load(tmp_path)
         assert list(tmp_path.iterdir()) == []
 
 
-def test_files_have_the_form_that_old_and_new_libraries_read(folders):
+def test_files_have_the_form_that_old_and_new_libraries_read(stand_ins):
     def read(name):
-        return json.loads((folders["llama3"] / name).read_text(encoding="utf-8"))
+        return json.loads((stand_ins["llama3"] / name).read_text(encoding="utf-8"))
 
     config, bpe = read("config.json"), read("tokenizer.json")["model"]
     assert config["rope_theta"] == 500000.0 and not {"rope_parameters", "transformers_version"} & set(config)
