@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
 import resource
 import sys
-from typing import Dict, List, NamedTuple
+from typing import Dict, List, NamedTuple, Tuple
 
 import torch
 
@@ -70,24 +71,41 @@ class Accelerator(NamedTuple):
 
     def memory(self) -> str:
         """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
-        if self.static_shapes:
-            return "Memory: see moreh-smi"
+        used, peak = self.memory_used()
+        if not peak:
+            return "Memory: see moreh-smi" if self.static_shapes else f"Memory: not known, {missing_package('psutil')}"
         total = total_memory(self.device)
-        if self.device.type == "cuda":
-            used, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
-        else:
-            try:
-                import psutil
-            except ImportError:
-                return f"Memory: not known, {missing_package('psutil')}"
-            used = psutil.Process().memory_info().rss
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = max(used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
         share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
         return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}"
 
+    def memory_used(self) -> Tuple[int, int]:
+        """Bytes of the device's memory that this process holds, now and at most so far; 0, 0 where nothing tells."""
+        if self.static_shapes:
+            return 0, 0
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
+        try:
+            import psutil
+        except ImportError:
+            return 0, 0
+        used, most = psutil.Process().memory_info().rss, 0
+        with contextlib.suppress(OSError), open("/proc/self/status") as status:  # Linux has one that can be reset
+            most = 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+        unit = 1 if sys.platform == "darwin" else 1024
+        return used, max(used, most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+    def forget_peak(self) -> None:
+        """From here on the peak is that of the training, and not what reading a model's files took."""
+        gc.collect()
+        if self.device.type == "cuda" and not self.static_shapes:
+            torch.cuda.reset_peak_memory_stats()
+        with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as marks:
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
+            marks.write("5")  # https://docs.kernel.org/filesystems/proc.html
+
     def room_for_training(self, model: torch.nn.Module):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
+        self.forget_peak()
         # a trained weight has a gradient like itself and AdamW's two states, float32
         fixed = sum(
             w.numel() * (2 * w.element_size() + 8 if w.requires_grad else w.element_size()) for w in model.parameters()

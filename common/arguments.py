@@ -12,6 +12,9 @@ from common import UserError, less_memory
 from common.files import require_place
 from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch
 
+SWITCH = {"auto": None, "on": True, "off": False}
+HIDDEN = argparse.SUPPRESS  # the opposite of an option needs no line of its own in --help
+
 
 def download_arguments(description: str, model_name: str, save_dir: str) -> argparse.Namespace:
     """Options of `download_*`: model_name, save_dir, token, tiny."""
@@ -88,9 +91,11 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
 
     memory = parser.add_argument_group("LoRA and memory")
     add = memory.add_argument
-    tokens = "tokens on the device at once, less needs less memory; 0: 4096, on a CPU 1024"
+    tokens = "tokens on the device at once, less needs less memory; 0: 4096, on a CPU 1024, or less where that fits"
     add("--micro-batch-tokens", type=COUNT_OR_NONE, default=0, help=tokens)
-    add_switch(memory, "gradient-checkpointing", False, "compute activations twice: less memory, slower")
+    twice = "compute activations twice, less memory, slower: on, off, or auto, where the memory is too small without"
+    add("--gradient-checkpointing", nargs="?", const="on", choices=[*SWITCH], default="auto", help=twice)
+    add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_const", const="off", help=HIDDEN)
     add_switch(memory, "use-lora", False, "train small matrices beside frozen weights, and save only those")
     add("--lora-r", type=COUNT, default=16, help="rank of these matrices")
     add("--lora-alpha", type=NUMBER, default=16, help="their product is multiplied by alpha / r")
@@ -117,6 +122,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
 
     parser.set_defaults(**{"bits": 0, **defaults})
     args = parser.parse_args()
+    args.gradient_checkpointing = SWITCH[args.gradient_checkpointing]
     if args.bits and not args.use_lora:
         parser.error(
             f"--load-in-{args.bits}bit without --use-lora: weights in {args.bits} bit can't be trained, only used. "
@@ -134,7 +140,9 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     if Path(args.save_dir).resolve() == Path(args.model_name_or_path).resolve():
         raise UserError(f"--save-dir {args.save_dir} is the model directory, which would be lost. Give another.")
     less_memory.extend(["--use-lora"] * (not args.use_lora) + ["--load-in-4bit"] * (args.bits != 4))
-    less_memory.extend(["--gradient-checkpointing"] * (not args.gradient_checkpointing) + ["--micro-batch-tokens"])
+    less_memory.extend(
+        ["--gradient-checkpointing"] * (args.gradient_checkpointing is not True) + ["--micro-batch-tokens"]
+    )
     return args
 
 

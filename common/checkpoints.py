@@ -55,6 +55,11 @@ class Checkpoints:
         elif (self.directory / RUN).is_file():
             print(f"{self.directory} holds a finished run: this one begins anew.", flush=True)
 
+    @property
+    def before(self) -> dict:
+        """The state of the run that goes on, as common.state has it; {} of a new one."""
+        return self.facts.get("state", {})
+
     def begin(self, model, optimizer, scaler, accelerator, total_steps: int, dataset: str) -> State:
         """The state from which to go on; model, optimizer, scaler and random states are made what they were then.
 
@@ -63,7 +68,8 @@ class Checkpoints:
         """
         self.network, self.optimizer, self.scaler, self.accelerator = model, optimizer, scaler, accelerator
         self.what = {"dataset": dataset, "dtype": str(accelerator.dtype), "steps": total_steps}
-        state = State(micro_batch_tokens=self.args.micro_batch_tokens or accelerator.micro_batch_tokens)
+        tokens = self.args.micro_batch_tokens or accelerator.micro_batch_tokens
+        state = State(micro_batch_tokens=tokens, gradient_checkpointing=bool(self.args.gradient_checkpointing))
         if self.facts:
             self._refuse(self.kept[0], other_run(self.facts, self.what, self.options))
             from common.optimizer import set_state
@@ -73,11 +79,9 @@ class Checkpoints:
             set_state(self.optimizer, self.network, tensors["optimizer"])
             accelerator.set_random_states(tensors["random"])
             self.scaler.load_state_dict(self.facts["scaler"])
-            given = self.args.micro_batch_tokens != self.facts["options"]["micro_batch_tokens"]
-            tokens = state.micro_batch_tokens
-            state = State(**self.facts["state"])
-            if given:
-                state.micro_batch_tokens = tokens
+            given = self.options["micro_batch_tokens"] != self.facts["options"]["micro_batch_tokens"]
+            kept = {**self.before, "gradient_checkpointing": state.gradient_checkpointing}
+            state = State(**{**kept, **({"micro_batch_tokens": tokens} if given else {})})
         self._require_room()
         self.written = time.monotonic()
         return state

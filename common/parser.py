@@ -47,6 +47,19 @@ def at_least(least, kind):
     return parse
 
 
+def above(least, kind):
+    """An argparse type: a number of `kind` that is more than `least`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be more than {least}, and finite")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 COUNT, COUNT_OR_NONE, NUMBER = at_least(1, int), at_least(0, int), at_least(0, float)
 
 

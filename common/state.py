@@ -24,7 +24,8 @@ class State:
     tokens: int = 0
     seconds: float = 0.0
     skipped: int = 0  # steps without a finite loss or gradient
-    micro_batch_tokens: int = 0
+    micro_batch_tokens: int = 0  # like the next one as the plan has chosen it, or as it was given
+    gradient_checkpointing: bool = False
     best_step: int = 0
     best_loss: Optional[float] = None  # of the held-out rows, where --keep-best asks for it
     records: List[dict] = field(default_factory=list)  # of training_log.jsonl

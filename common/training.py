@@ -19,12 +19,13 @@ from common.state import State
 from common.stopping import Stopped, StopRequest
 
 
-def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints) -> dict:
+def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints, plan=None) -> dict:
     """Train on `dataset["train"]`; log and loss picture go to `args.save_dir`; returns what is to stand in run.json.
 
     `model(input_ids, labels, attention_mask)` is the sum of the loss over the label tokens. Where `checkpoints` has one
     of a run that was cut, the training goes on from it. SystemExit, with a checkpoint of the last finished step, where
-    Ctrl-C or SIGTERM comes; UserError where a loss, a gradient or a weight is no number any more.
+    Ctrl-C or SIGTERM comes; UserError where a loss, a gradient or a weight is no number any more. `plan`:
+    what model.plan has predicted, to be compared.
     """
     training = Training(model, optimizer, dataset, args, accelerator, checkpoints)
     state = training.state
@@ -51,6 +52,8 @@ def train(model: nn.Module, optimizer, dataset: dict, args, accelerator: Acceler
             training.require_numbers()
             checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
+    if plan:
+        print(plan.compared(accelerator.memory_used()[1]))
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
     return facts_of_run(options, dataset["meta"], accelerator.name)
@@ -198,8 +201,8 @@ class Training:
 
 @torch.no_grad()
 def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
-    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients. `after_each`
-    micro-batch something is called; where it raises, the model is as before."""
+    """The loss over all label tokens of these rows, without dropout and gradients. `after_each` micro-batch something
+    is called; where it raises, the model is as before."""
     was_training = model.training
     model.eval()
     total = 0.0

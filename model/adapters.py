@@ -29,13 +29,18 @@ KEYS_OF_PEFT_0_13 = (
 )  # fmt: skip
 
 
+def require_peft() -> None:
+    """UserError without a peft that works here."""
+    require_package("peft", LEAST_PEFT, "--use-lora")
+
+
 def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, target_modules: List[str]) -> nn.Module:
     """`model` of the directory `base`, frozen, with a new adapter on it: a peft model. Its own weights are float32.
 
     `target_modules`: names of layers, or ["all-linear"]. What model.targets has to say of them is printed, and so is
     the share of the weights that gets no adapter. UserError where the model has no such layers, or peft none for them.
     """
-    require_package("peft", LEAST_PEFT, "--use-lora")
+    require_peft()
     from peft import LoraConfig, get_peft_model
 
     from model.targets import adapted, choose_targets, matrices

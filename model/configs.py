@@ -35,18 +35,10 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def shape(kind: str) -> dict:
-    """{"layers", "width", "parameters", "embeddings": those of them in the embeddings and the output layer}"""
-    config = CONFIGS[kind]
-    if kind == "gpt":
-        width, layers, inner = config["n_embd"], config["n_layer"], config["n_inner"]
-        embeddings = config["vocab_size"] * width
-        layer = 4 * width**2 + 2 * width * inner + 9 * width + inner  # with biases
-        last = (2 + config["n_positions"]) * width
-    else:
-        width, layers, inner = (config[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
-        embeddings = config["vocab_size"] * width * (1 if config["tie_word_embeddings"] else 2)
-        key_value = width * config["num_key_value_heads"] // config["num_attention_heads"]
-        layer, last = 2 * width * (width + key_value + 1) + 3 * width * inner, width
-    total = embeddings + layers * layer + last
-    return {"layers": layers, "width": width, "parameters": total, "embeddings": embeddings}
+def config_of_kind(kind: str):
+    """transformers' config of a tutorial's model."""
+    from transformers import AutoConfig
+
+    settings = {**CONFIGS[kind]}
+    settings.pop("rope_scaling", None)  # transformers before 4.43 can't read it, and no size depends on it
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)

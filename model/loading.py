@@ -22,6 +22,7 @@ from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
 from model.adapters import add_lora, load_adapter, save_adapter
 from model.loss import CausalLMLoss, require_causal
+from model.on_paper import enable_checkpointing
 from model.quantization import keep_trainable, quantization, require_bitsandbytes, tell_what_is_not_in_bits
 from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
 from model.stored import Stored, bits_to_use, bytes_of, forget_quantization, how_stored, move
@@ -67,9 +68,7 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
     if args.gradient_checkpointing:
         if not base.supports_gradient_checkpointing:
             raise UserError(f"--gradient-checkpointing: {base.config.model_type} has none. Leave the option out.")
-        # transformers renamed it in 5.x; the reentrant form would want gradients of the frozen embeddings
-        enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        enable_checkpointing(base)
     return CausalLMLoss(model, static_shapes=accelerator.static_shapes)
 
 
@@ -101,6 +100,9 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
             forget_quantization(model.dequantize() if stored.method == "bitsandbytes" else model)
         if bits:
             keep_trainable(model)
+            for weight in model.parameters():  # the few that are as in the files would keep all of the files mapped
+                if device.type == "cpu" and weight.is_floating_point():
+                    weight.data = weight.data.clone()
             tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
         move(model, device, dtype, stored)

@@ -57,20 +57,26 @@ class CausalLMLoss(nn.Module):
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return _ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen])
+        return ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen], chunk_of(hidden.device))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+def chunk_of(device: torch.device) -> int:
+    """Elements of the logits that exist at once on this device."""
+    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_ELSEWHERE)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of `hidden @ weight.T + bias`, its gradients made in the forward pass.
 
-    hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions].
+    hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions];
+    elements: of the logits that may exist at once.
     While a chunk's logits are there, its gradients cost two matrix products, and nothing has to be kept or computed
     again: the idea of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), in plain torch.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+    def forward(ctx, hidden, weight, bias, targets, elements):
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
@@ -78,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         product_weight = weight.to(dtype)
-        rows = max(1, CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS_ELSEWHERE) // len(weight))
+        rows = max(1, elements // len(weight))
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
             logits = F.linear(part, product_weight).float()
@@ -104,7 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return tuple(None if grad is None else grad * grad_output for grad in ctx.saved_tensors) + (None,)
+        return tuple(None if grad is None else grad * grad_output for grad in ctx.saved_tensors) + (None, None)
 
 
 def has_plain_head(model: nn.Module) -> bool:

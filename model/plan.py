@@ -1,98 +1,104 @@
-"""What a training takes of a device's memory, and the ways in which a tutorial can be run."""
+"""What a training takes of memory and disk, said before anything is loaded: every figure of the pages comes from here.
+
+Weights, gradients and optimizer states are counted; what a micro-batch takes besides is seen in a pass on paper
+(model/on_paper.py). How near this comes to what is measured: tests/benchmarks/plan_accuracy.py, and the README's table.
+"""
 
 from __future__ import annotations
 
-from typing import Iterator, NamedTuple, Tuple
+from typing import NamedTuple, Tuple
 
-from model.configs import shape
+from model.counts import Way, count
+from model.stored import bytes_of
 
-
-class Tutorial(NamedTuple):
-    name: str
-    kind: str  # of model.configs; its script is tutorial/train_<kind>.py
-    download: str  # tutorial/download_<download>.py
-    prepare: str  # dataset/prepare_<prepare>_dataset.py
-    sample: str  # its rehearsal's data, in dataset/samples
-    disk: float  # GB that its page advises to have free
-
-
-NEWS, CODE = "cnn_dailymail", "python_code_instructions_18k_alpaca"
-PYTHON, KOREAN = "Evol-Instruct-Python-26k", "korean_safe_conversation"
-TUTORIALS = (
-    Tutorial("SmolLM2 135M", "smollm2", "smollm2", "smollm2", CODE, 0.7),
-    Tutorial("Llama2 13B", "llama2", "llama2_13b", "llama2", NEWS, 50),
-    Tutorial("Llama3 8B", "llama3", "llama3_8b", "llama3", NEWS, 20),
-    Tutorial("Llama3 70B", "llama3_70b", "llama3_70b", "llama3", NEWS, 150),
-    Tutorial("Mistral 7B", "mistral", "mistral_7b", "mistral", CODE, 16),
-    Tutorial("Cerebras-GPT 13B", "gpt", "gpt_13b", "gpt", PYTHON, 60),
-    Tutorial("Llama 3.1 8B, Korean", "llama3_1", "llama3_1_8b", "llama3_1", KOREAN, 20),
-)
-METHODS = {"full": "full", "lora": "LoRA", "lora_4bit": "LoRA 4 bit"}
-# with which a stand-in learns something of the samples within a minute; an adapter on random weights would not
-REHEARSAL = " --batch-size 8 --epochs 10 --lr 6e-3 --lr-scheduler linear --warmup-steps 20"
-OPTIONS = {"full": "", "lora": " --use-lora", "lora_4bit": " --use-lora --load-in-4bit"}
+METHODS = {"full": "every weight", "lora": "LoRA", "lora_8bit": "LoRA on 8 bit", "lora_4bit": "LoRA on 4 bit"}
+BITS = {"lora_8bit": 8, "lora_4bit": 4}
+# bytes of a quantized number: NF4 with double quantization has 4.127 bits (https://arxiv.org/abs/2305.14314, section 3)
+QUANTIZED = {"lora_8bit": 1.0, "lora_4bit": 4.127 / 8}
+# what is there before a model: on a CPU Python, torch and transformers (measured), on a GPU its kernels (an estimate)
+PROGRAM = {"cpu": 0.45e9, "cuda": 0.6e9}
+# what lies unused between the pieces, by the bytes of a micro-batch and in itself: on a CPU glibc's heap, oneDNN's
+# programs, and what a quantized base is unpacked to (all measured); on a GPU an estimate
+BETWEEN = {"cpu": 0.12, "cuda": 0.05}
+HEAP = {"cpu": 0.4e9, "cuda": 0.0}
+UNPACKED = {"cpu": 0.35e9, "cuda": 0.1e9}
 
 
-def way_to_run(tutorial: Tutorial, platform: str, memory: float, disk_free: float) -> dict:
-    """How a device with `memory` GB runs the tutorial: the first way that fits, and leaves 5 % free for what is lost
-    between blocks of memory; a rehearsal where none does."""
-    fitting = (way for way in ways(tutorial.kind, platform) if way[2] <= 0.95 * memory)
-    method, train, needed = next(fitting, ("rehearsal", "", 0.0))
-    download, prepare = "", ""
-    disk = tutorial.disk * (2 if method == "full" else 1)  # the trained model is as large
-    if method == "rehearsal":  # in directories of its own, apart from a real model's
-        place, disk = f"./rehearsal/{tutorial.kind}", 0.01
-        model, dataset = f" --model-name-or-path {place}/model", f" --dataset-name-or-path {place}/dataset.pt"
-        download = f" --tiny --save-dir {place}/model"
-        prepare = f"{model} --dataset-name-or-path dataset/samples/{tutorial.sample} --save-path {place}/dataset.pt"
-        plain = " --no-use-lora --no-quantization" if tutorial.kind == "llama3_1" else ""
-        train = f"{model}{dataset} --save-dir {place}/trained{plain}{REHEARSAL}"
-    return {
-        "name": tutorial.name,
-        "method": method,
-        "memory": int(needed * 1e9),
-        "disk": int(disk * 1e9),
-        "disk_enough": disk <= disk_free,
-        "commands": [
-            f"python tutorial/download_{tutorial.download}.py{download}",
-            f"python dataset/prepare_{tutorial.prepare}_dataset.py{prepare}",
-            f"python tutorial/train_{tutorial.kind}.py{train}",
-        ],
-    }
+class Plan(NamedTuple):
+    """Bytes on one device."""
+
+    way: Way
+    traced: bool  # False: activations are by a rule of thumb, because the model can't be followed on paper
+    program: float
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # of a micro-batch, when the last layer is done; with the 16 bit copies of weights
+    logits: float  # what the loss adds to that
+    workspace: float  # what the backward pass adds to that, and what lies between the pieces
+    result: float  # on the disk
+    checkpoint: float  # on the disk
+    numbers: float = 0.0  # parameters, not bytes
+
+    @property
+    def state(self) -> float:
+        """What is there before the first token."""
+        return self.program + self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> float:
+        return self.state + self.activations + self.logits + self.workspace
+
+    @property
+    def lines(self) -> Tuple[str, str]:
+        """Of the log."""
+        way, gb = self.way, {name: f"{size / 1e9:.2f}" for name, size in zip(self._fields[2:], self[2:])}
+        processes = f", {way.processes} processes" if way.processes > 1 else ""
+        how = f"{METHODS[way.method]}{processes}, {way.tokens} tokens at once"
+        checkpointing = "with" if way.checkpointing else "without"
+        return (
+            f"Plan: {how}, {checkpointing} gradient checkpointing: {self.peak / 1e9:.2f} GB at the peak"
+            f"{'' if self.traced else ', by a rule of thumb'}",
+            f"Plan: weights {gb['weights']}, gradients {gb['gradients']}, optimizer {gb['optimizer']}, activations "
+            f"{gb['activations']}, logits {gb['logits']}, workspace {gb['workspace']}, program {gb['program']} GB; "
+            f"on the disk: result {gb['result']}, each checkpoint {gb['checkpoint']} GB",
+        )
+
+    def compared(self, measured: int) -> str:
+        """The line at the end of a training: what was predicted, and the `measured` bytes; 0: not known."""
+        predicted = self.peak - (self.program if self.way.device == "cuda" else 0)  # torch does not count its kernels
+        taken = f"{measured / 1e9:.2f} GB measured ({predicted / measured - 1:+.0%})" if measured else "not measured"
+        return f"Plan: {predicted / 1e9:.2f} GB at the peak were predicted, {taken}"
 
 
-def ways(kind: str, platform: str) -> Iterator[Tuple[str, str, float]]:
-    """(method, options of the train script, GB of memory), the best first: rather every weight than LoRA, rather LoRA
-    than 4 bit, and each rather fast than sparing. platform: "MoAI", "CUDA", "ROCm" or "CPU"."""
-    korean = kind == "llama3_1"  # LoRA, 4 bit and checkpointing are that script's defaults
-    if platform == "CPU":  # a larger model may fit as well, and would take weeks
-        if shape(kind)["parameters"] < 1e9:
-            yield "full", "", memory_needed(kind, "full", tokens=1024)
-    elif platform == "MoAI":  # it splits model and batch by itself; bitsandbytes is not made for it
-        if not korean:
-            yield "full", "", memory_needed(kind, "full")
-        yield "lora", " --no-quantization" if korean else " --use-lora", memory_needed(kind, "lora", korean)
-    else:
-        for method in ["lora_4bit"] if korean else METHODS:
-            words, sparing = ("", "") if korean else (OPTIONS[method], " --gradient-checkpointing")
-            if not korean:
-                yield method, words, memory_needed(kind, method)
-            yield method, words + sparing, memory_needed(kind, method, True)
-            yield method, f"{words}{sparing} --micro-batch-tokens 2048", memory_needed(kind, method, True, 2048)
-
-
-def memory_needed(kind: str, method: str, checkpointing: bool = False, tokens: int = 4096) -> float:
-    """GB of the device's memory that a training takes with micro-batches of so many tokens, rather too high.
-
-    Bytes a parameter: trained, 16 for the float32 weight, its gradient and AdamW's two states, and 2 for the copy that
-    autocast makes; frozen, 2 in 16 bit, 0.52 as NF4 with double quantization (4.127 bit: QLoRA, section 3,
-    https://arxiv.org/abs/2305.14314). An adapter of r 16 has some 0.5 % of the parameters, trained: 0.1 for each.
-    Activations: a layer keeps up to 60 bytes a token and unit of width (counted in transformers' Llama under autocast;
-    GPT-2 keeps 36); with checkpointing 4, its input, and 60 in the one layer that is being computed again.
-    1.5 GB: the device's kernels and work space, torch itself on a CPU, the part of the logits that exists at once.
-    """
-    of = shape(kind)
-    in_4bit = of["parameters"] - of["embeddings"] if method == "lora_4bit" else 0
-    weights = 18 * of["parameters"] if method == "full" else 2.1 * of["parameters"] - (2 - 0.52) * in_4bit
-    kept = 4 * of["layers"] + 60 if checkpointing else 60 * of["layers"]
-    return (weights + tokens * of["width"] * kept) / 1e9 + 1.5
+def plan(config, way: Way) -> Plan:
+    """The plan of a model with this `config` (transformers'), trained this `way`. UserError where transformers can't
+    build it. Of several processes each holds its share of every weight (FSDP2), but a quantized base whole."""
+    counts, full, bits = count(config, way), way.method == "full", BITS.get(way.method, 0)
+    product = bytes_of(way.dtype)
+    share = 1 if bits else way.processes
+    frozen = 0.0 if full else (counts.numbers - counts.trained) * product
+    frozen -= counts.linear * (product - QUANTIZED[way.method]) if bits else 0.0
+    trained = counts.trained / share
+    states = 2 if bits else 8  # AdamW has two a number, on a quantized base in 8 bit
+    workspace = counts.peak - counts.activations - counts.logits + BETWEEN[way.device] * counts.peak
+    workspace += min(
+        HEAP[way.device] + UNPACKED[way.device] * (bits > 0), frozen + (8 + states) * trained + counts.peak
+    )
+    if share > 1:  # whole are the layer at work, the next one, embeddings and output layer; gradients of one layer
+        whole = counts.numbers - (counts.layers - 2) * counts.of_layer
+        workspace += whole * product + 4 * counts.of_layer * full
+    return Plan(
+        way=way,
+        traced=counts.traced,
+        program=PROGRAM[way.device],
+        weights=frozen / share + 4 * trained,
+        gradients=4 * trained,
+        optimizer=states * trained,
+        activations=counts.activations,
+        logits=counts.logits,
+        workspace=workspace,
+        result=counts.stored if full else 4 * counts.trained,
+        checkpoint=(4 + states) * counts.trained,
+        numbers=counts.numbers,
+    )

@@ -13,32 +13,42 @@ from time import perf_counter, sleep
 from types import SimpleNamespace
 
 import huggingface_hub.constants
+import peft  # noqa: F401  bitsandbytes can't be imported while torch believes in a GPU that is not there
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from common.download import ask_hub
-from model.configs import shape as shape_of
-from model.plan import way_to_run
+from model.counts import can_count
+from model.tutorials import TUTORIALS as ALL
+from model.tutorials import Machine, way_to_run
 from tests.conftest import FOLDERS, NOWHERE, ROOT, lay_out, run
 from tests.helpers import HAS_LLAMA3_1, tells
 from tests.hub_server import HubServer
 from tutorial import check_accelerator as check
 
 COMMAND = "python tutorial/check_accelerator.py"
-TUTORIALS = {tutorial.name.split(",")[0]: tutorial for tutorial in check.TUTORIALS}
+TUTORIALS = {tutorial.name.split(",")[0]: tutorial for tutorial in ALL}
 METHODS = ["rehearsal", "lora_4bit", "lora", "full"]  # from the least to the best
-CHECKPOINTING = "--gradient-checkpointing"
-FOUR_BIT = f"--use-lora --load-in-4bit {CHECKPOINTING}"
-LESS = "--micro-batch-tokens 2048"
+OPTIONS = {"full": "", "lora": "--use-lora", "lora_4bit": "--use-lora --load-in-4bit"}
 
 
-def plan_of(name, platform, memory, disk_free=1000.0):
-    """(method, options of the train command)."""
-    row = way_to_run(TUTORIALS[name], platform, memory, disk_free)
-    script, _, options = row["commands"][-1].partition(".py")
-    assert script == f"python tutorial/train_{TUTORIALS[name].kind}"
-    return row["method"], "" if row["method"] == "rehearsal" else options.strip()
+def row_of(name, platform, memory, devices=1, disk_free=1e12, rate=None):
+    """What --json says of a tutorial; memory in GB."""
+    dtype = torch.float32 if platform == "CPU" else torch.bfloat16
+    return way_to_run(TUTORIALS[name], Machine(platform, 1e9 * memory, dtype, devices, rate), disk_free)
+
+
+def method_of(name, platform, memory, devices=1):
+    """The method, whose options the train command has."""
+    row = row_of(name, platform, memory, devices)
+    start, _, options = row["commands"][-1].partition(".py")
+    runner = f"torchrun --nproc-per-node {devices}" if row["devices"] > 1 else "python"
+    assert start == f"{runner} tutorial/train_{TUTORIALS[name].kind}"
+    if row["method"] != "rehearsal":
+        korean = {"lora": "--no-quantization", "lora_4bit": ""}
+        assert options.strip() == (korean if name == "Llama 3.1 8B" else OPTIONS)[row["method"]]
+        assert 0 < row["memory"] <= 0.95e9 * memory
+    return row["method"]
 
 
 # ------------------------------------------------------------------------------------------------ this machine
@@ -218,7 +228,7 @@ def test_two_gpus_whose_driver_does_not_tell_the_utilization(gpu, capsys, monkey
     assert [device["name"] for device in found["devices"]] == ["Tesla T4 (0)", "Tesla T4 (1)"]
     assert [device["utilization"] for device in found["devices"]] == [None, None]
     assert found["precision"] == "bfloat16"
-    assert [line for line in check.notes(found) if "device 0" in line and "CUDA_VISIBLE_DEVICES=1" in line]
+    assert {row["devices"] for row in found["tutorials"] if row["method"] != "rehearsal"} == {2}
     check.show(found)
     assert re.search(r"^1: Tesla T4 \(1\) +1\.0 GB +85\.0 GB +- *$", capsys.readouterr().out, re.MULTILINE)
 
@@ -259,154 +269,117 @@ def test_notes(found, monkeypatch, tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the rule
 
-PLANS = {  # GB of the device, as torch tells it
-    ("CUDA", 8.4): {"SmolLM2 135M": ("full", CHECKPOINTING), "Mistral 7B": ("lora_4bit", f"{FOUR_BIT} {LESS}")},
-    ("CUDA", 15.8): {
-        "SmolLM2 135M": ("full", ""),
-        "Mistral 7B": ("lora_4bit", FOUR_BIT),
-        "Llama3 8B": ("lora_4bit", FOUR_BIT),
-        "Llama 3.1 8B": ("lora_4bit", ""),
-        "Llama3 70B": ("rehearsal", ""),
+PLANS = {  # GB of a device
+    ("CUDA", 8.4, 1): {"SmolLM2 135M": "full", "Mistral 7B": "lora_4bit", "Llama2 13B": "rehearsal"},
+    ("CUDA", 15.8, 1): {
+        "SmolLM2 135M": "full",
+        "Mistral 7B": "lora_4bit",
+        "Llama3 8B": "lora_4bit",
+        "Llama2 13B": "lora_4bit",
+        "Llama 3.1 8B": "lora_4bit",
+        "Llama3 70B": "rehearsal",
     },
-    ("ROCm", 25.3): {
-        "Mistral 7B": ("lora", f"--use-lora {CHECKPOINTING}"),
-        "Llama2 13B": ("lora_4bit", FOUR_BIT),
-        "Cerebras-GPT 13B": ("lora_4bit", FOUR_BIT),
-        "Llama 3.1 8B": ("lora_4bit", ""),
-        "Llama3 70B": ("rehearsal", ""),
-    },
-    ("CUDA", 85.0): {
-        "Mistral 7B": ("lora", "--use-lora"),
-        "Llama3 8B": ("lora", "--use-lora"),
-        "Llama3 70B": ("lora_4bit", FOUR_BIT),
-        "Llama 3.1 8B": ("lora_4bit", ""),
-    },
-    ("CUDA", 150.0): {"Mistral 7B": ("full", CHECKPOINTING), "Llama3 8B": ("lora", "--use-lora")},
-    ("CUDA", 11.5): {"Llama 3.1 8B": ("lora_4bit", LESS)},
-    ("MoAI", 549.8): {
-        "Llama2 13B": ("full", ""),
-        "Llama3 70B": ("lora", "--use-lora"),
-        "Llama 3.1 8B": ("lora", "--no-quantization"),
-    },
-    ("MoAI", 68.7): {"Mistral 7B": ("lora", "--use-lora"), "Llama2 13B": ("rehearsal", "")},
-    ("CPU", 16.0): {"SmolLM2 135M": ("full", ""), "Mistral 7B": ("rehearsal", "")},
-    ("CPU", 1000.0): {"Mistral 7B": ("rehearsal", ""), "Llama 3.1 8B": ("rehearsal", "")},
-    ("CPU", 4.0): {"SmolLM2 135M": ("rehearsal", "")},
+    ("ROCm", 25.3, 1): {"Mistral 7B": "lora", "Llama2 13B": "lora_4bit", "Llama3 70B": "rehearsal"},
+    ("CUDA", 85.0, 1): {"Mistral 7B": "lora", "Llama2 13B": "lora", "Llama3 70B": "lora_4bit"},
+    ("CUDA", 150.0, 1): {"Mistral 7B": "full", "Llama3 8B": "lora"},
+    ("CUDA", 85.0, 8): {"Mistral 7B": "full", "Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "lora_4bit"},
+    ("CUDA", 25.3, 8): {"Mistral 7B": "full", "Llama2 13B": "lora"},
+    ("MoAI", 549.8, 1): {"Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "lora"},
+    ("MoAI", 68.7, 1): {"Mistral 7B": "lora"},
+    ("CPU", 16.0, 1): {"SmolLM2 135M": "full", "Mistral 7B": "rehearsal"},
+    ("CPU", 1000.0, 1): {"Mistral 7B": "rehearsal", "Llama 3.1 8B": "rehearsal"},
+    ("CPU", 2.0, 1): {"SmolLM2 135M": "rehearsal"},
 }
+counted = pytest.mark.skipif(not can_count(), reason="torch before 2.1 plans by a rule of thumb")
 
 
-@pytest.mark.parametrize("platform, memory", PLANS)
-def test_plan(platform, memory):
-    expected = PLANS[platform, memory]
-    assert {name: plan_of(name, platform, memory) for name in expected} == expected
+@counted
+@pytest.mark.parametrize("platform, memory, devices", PLANS)
+def test_best_method(platform, memory, devices):
+    expected = PLANS[platform, memory, devices]
+    assert {name: method_of(name, platform, memory, devices) for name in expected} == expected
 
 
-@pytest.mark.parametrize("platform", ["MoAI", "CUDA", "ROCm", "CPU"])
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize("platform", ["MoAI", "CUDA", "CPU"])
+@pytest.mark.parametrize("name", ["SmolLM2 135M", "Cerebras-GPT 13B", "Llama 3.1 8B"])
 def test_more_memory_is_never_worse(name, platform):
     best = 0
-    for memory in range(1, 3000):
-        row = way_to_run(TUTORIALS[name], platform, float(memory), 1000.0)
-        assert row["memory"] <= 0.95e9 * memory
-        assert METHODS.index(row["method"]) >= best
-        best = METHODS.index(row["method"])
+    for memory in [*range(1, 60), *range(60, 3000, 30)]:
+        method = method_of(name, platform, memory)
+        assert METHODS.index(method) >= best
+        best = METHODS.index(method)
     small = name == "SmolLM2 135M"
     bests = {"CPU": "full" if small else "rehearsal", "MoAI": "lora" if name == "Llama 3.1 8B" else "full"}
     assert METHODS[best] == bests.get(platform, "lora_4bit" if name == "Llama 3.1 8B" else "full")
 
 
 def test_disk():
-    """LoRA saves an adapter; a training of every weight saves another model of the same size."""
-    mistral = TUTORIALS["Mistral 7B"]
-    assert [way_to_run(mistral, "CUDA", 85.0, free)["disk_enough"] for free in (15.0, 17.0)] == [False, True]
-    assert [way_to_run(mistral, "CUDA", 1000.0, free)["disk_enough"] for free in (31.0, 33.0)] == [False, True]
-    assert way_to_run(mistral, "CPU", 16.0, 1.0)["disk_enough"]  # a stand-in is small
+    """Model, result and two checkpoints, of which the second is there while it is written."""
+    lora, full = (row_of("Mistral 7B", "CUDA", memory)["disk"] for memory in (85.0, 1000.0))
+    assert lora == pytest.approx(16e9 + 7 * 4 * 41_943_040, rel=0.01)
+    assert full == pytest.approx(16e9 + 7_241_732_096 * (2 + 2 * 12), rel=0.01)
+    enough = [row_of("Mistral 7B", "CUDA", 1000.0, disk_free=size)["disk_enough"] for size in (full - 1, full)]
+    assert enough == [False, True]
+    assert row_of("Mistral 7B", "CPU", 16.0, disk_free=1e9)["disk_enough"]  # a stand-in is small
 
 
-newer_torch = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 2), reason="torch 2.2 is the first with all that is asked"
-)
+def test_hours():
+    assert row_of("Mistral 7B", "CUDA", 85.0)["seconds"] is None
+    one, two = (row_of("Mistral 7B", "CUDA", 85.0, rate=rate)["seconds"] for rate in (1e14, 2e14))
+    assert one == pytest.approx(2 * two)
+    # 4 operations a token and parameter without gradients of the weights, at 40 % of the rate
+    assert one == pytest.approx(4 * 7.28e9 * 2 * 18_612 * 256 / 0.4e14, rel=0.01)
+    assert row_of("Llama2 13B", "CUDA", 85.0, devices=8, rate=1e14)["seconds"] < 1e6
 
 
-def on_meta(cls, config):
-    """(10^9 parameters, those of embeddings and output layer, layers, width) of an architecture."""
-    with torch.device("meta"):
-        model = cls(config)
-    ends = {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}
-    sizes = [sum(weight.numel() for weight in weights) / 1e9 for weights in (model.parameters(), ends.values())]
-    return (*sizes, config.num_hidden_layers, config.hidden_size)
+# ------------------------------------------------------------------------------------------------ machines asked for
 
 
-def llama(vocabulary, width, inner, layers, heads, kv_heads, **more):
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        **more,
-    )
-    return on_meta(LlamaForCausalLM, config)
+def test_a_machine_that_is_not_here(folder, warm):
+    words = "--devices 8 --device-memory 80 --device-tflops 300"
+    found = json.loads(warm(COMMAND, *words.split(), "--json", cwd=folder).stdout)
+    assert [device["memory_total"] for device in found["devices"]] == [80_000_000_000] * 8
+    assert (found["platform"], found["precision"], found["rate"]) == ("CUDA", "bfloat16", 3e14)
+    llama2 = found["tutorials"][1]
+    assert (llama2["method"], llama2["devices"]) == ("full", 8) and llama2["seconds"] > 3600
+    assert llama2["commands"][-1] == "torchrun --nproc-per-node 8 tutorial/train_llama2.py"
 
 
-@newer_torch
+def test_a_model_of_ones_own(folder, warm):
+    warm("python tutorial/download_mistral_7b.py --tiny --save-dir ./own", cwd=folder)
+    words = "--model-name-or-path ./own --device-memory 24"
+    (row,) = json.loads(warm(COMMAND, *words.split(), "--json", cwd=folder).stdout)["tutorials"]
+    assert (row["name"], row["method"]) == ("./own", "full") and row["memory"] < 3e9
+    assert row["commands"][-1].startswith("python tutorial/train_llama2.py --model-name-or-path ./own")
+    assert "./own" in warm(COMMAND, *words.split(), cwd=folder).stdout
+
+
 @pytest.mark.parametrize(
-    "name, shape",
+    "words, said",
     [
-        ("SmolLM2 135M", lambda: llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True)),
-        ("Llama2 13B", lambda: llama(32000, 5120, 13824, 40, 40, 40)),
-        ("Llama3 8B", lambda: llama(128256, 4096, 14336, 32, 32, 8)),
-        ("Llama3 70B", lambda: llama(128256, 8192, 28672, 80, 64, 8)),
-        ("Mistral 7B", lambda: llama(32000, 4096, 14336, 32, 32, 8)),  # the same shapes as Llama's
-        ("Llama 3.1 8B", lambda: llama(128256, 4096, 14336, 32, 32, 8)),
-        (
-            "Cerebras-GPT 13B",
-            lambda: on_meta(
-                GPT2LMHeadModel, GPT2Config(vocab_size=50257, n_embd=5120, n_layer=40, n_head=40, n_positions=2048)
-            ),
-        ),
+        ("--devices 0 --device-memory 80", "--devices"),
+        ("--devices -1 --device-memory 80", "--devices"),
+        ("--device-memory 0", "--device-memory"),
+        ("--device-memory -3", "--device-memory"),
+        ("--device-memory nan", "--device-memory"),
+        ("--device-memory many", "--device-memory"),
+        ("--device-tflops 0", "--device-tflops"),
+        ("--devices 8", "--device-memory 80"),
+        ("--model-name-or-path llama9", "llama2, llama3, llama3_70b, mistral, gpt, llama3_1"),
+        ("--model-name-or-path ./empty", "./empty has no config.json"),
+        ("--model-name-or-path ./damaged", "damaged"),
+        ("--model-name-or-path ./unheard", "unheard"),
+        ("--model-name-or-path ./impossible", "impossible"),
     ],
 )
-def test_sizes_are_those_of_the_architectures(name, shape):
-    listed = shape_of(TUTORIALS[name].kind)
-    sizes = (listed["parameters"] / 1e9, listed["embeddings"] / 1e9)
-    assert (*sizes, listed["layers"], listed["width"]) == pytest.approx(shape(), rel=0.02)
-
-
-@newer_torch
-@pytest.mark.parametrize("checkpointing, most, least", [(False, 60, 45), (True, 4, 1)])
-def test_activations_are_what_the_rule_says(checkpointing, most, least):
-    """Bytes that a layer keeps for its backward pass, a token and unit of width; a layer more makes the difference."""
-    width, tokens = 256, 512
-    kept = []
-    for layers in (1, 3):
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=width,
-            intermediate_size=width * 7 // 2,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=1,
-            attn_implementation="sdpa",
-        )
-        model = LlamaForCausalLM(config).train()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        weights = {weight.shape for weight in model.parameters()}
-        weights |= {shape[::-1] for shape in weights}  # autocast's copies are counted with the parameters
-        saved = {}
-
-        def keep(tensor, saved=saved, weights=weights):
-            if tensor.shape not in weights:
-                saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes(), tensor
-            return tensor
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with hooks, torch.autocast("cpu", torch.bfloat16):
-            model(input_ids=torch.ones((1, tokens), dtype=torch.int64), use_cache=False)
-        kept.append(sum(size for size, _ in saved.values()))
-    assert least <= (kept[1] - kept[0]) / 2 / tokens / width <= most
+def test_bad_input(words, said, folder, warm):
+    contents = {"empty": None, "damaged": "{", "unheard": '{"model_type": "unheard-of"}'}
+    contents["impossible"] = '{"model_type": "llama", "hidden_size": 100, "num_attention_heads": 3, "vocab_size": -5}'
+    for name, text in contents.items():
+        (folder / name).mkdir()
+        if text is not None:
+            (folder / name / "config.json").write_text(text)
+    tells(warm(COMMAND, *words.split(), cwd=folder, ok=None), said)
 
 
 # ------------------------------------------------------------------------------------------------ the commands
@@ -416,9 +389,9 @@ def test_activations_are_what_the_rule_says(checkpointing, most, least):
 def test_commands_are_there(name, warm, folder):
     """Every script that may be named, and every option of it."""
     machines = [(platform, 1.5**n) for platform in ("CPU", "MoAI", "CUDA") for n in range(20)]
-    rows = [way_to_run(TUTORIALS[name], *machine, disk_free=1.0) for machine in machines]
+    rows = [row_of(name, *machine) for machine in machines]
     commands = {command for row in rows for command in row["commands"]}
-    assert len(commands) > 4
+    assert len(commands) >= 4
     options = {}
     for command in commands:
         _, script, *words = command.split()
@@ -434,7 +407,7 @@ def test_commands_are_there(name, warm, folder):
 def test_rehearsal(name, warm, folder):
     """The commands for a machine on which nothing fits, with one epoch of ten: they touch nothing of a real model."""
     tutorial = TUTORIALS[name]
-    commands = way_to_run(tutorial, "CPU", 1.0, 1.0)["commands"]
+    commands = row_of(name, "CPU", 0.5)["commands"]
     if name == "Llama 3.1 8B" and not HAS_LLAMA3_1:
         tells(warm(commands[0], cwd=folder, ok=None), "too old for this model", "transformers>=4.43")
         return
@@ -447,6 +420,6 @@ def test_rehearsal(name, warm, folder):
 
 
 def test_rehearsals_share_no_directory():
-    commands = [way_to_run(tutorial, "CPU", 0.1, 1.0)["commands"] for tutorial in check.TUTORIALS]
+    commands = [row_of(name, "CPU", 0.1)["commands"] for name in TUTORIALS]
     places = [re.findall(r"\./rehearsal/\w+/", " ".join(each)) for each in commands]
-    assert all(len({*each}) == 1 for each in places) and len({each[0] for each in places}) == len(check.TUTORIALS)
+    assert all(len({*each}) == 1 for each in places) and len({each[0] for each in places}) == len(TUTORIALS)

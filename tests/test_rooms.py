@@ -42,7 +42,7 @@ def test_arrows_lead_downward_and_in_no_circle():
 
 
 def test_no_room_is_too_large():
-    limits = {"check_accelerator.py": 190, "evaluate.py": 150}
+    limits = {"check_accelerator.py": 215, "evaluate.py": 150}
     lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in ROOMS}
     assert not {NAMES[path]: length for path, length in lengths.items() if length > limits.get(path.name, 220)}
 

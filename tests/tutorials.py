@@ -248,7 +248,7 @@ def all_defaults():
             prepare.setdefault(name, value)  # Llama3's serves two, the smaller first
         data = {"dataset-name-or-path": page.dataset_file, "block-size": page.block_size}
         train.update({**model, **data, "save-dir": page.save_dir, "log-interval": page.log_interval, **LORA})
-        train["gradient-checkpointing"] = str(page.adapter)
+        train["gradient-checkpointing"] = "auto"
         train["seed"] = 3407 if page.adapter else 0
         train.setdefault("lr", 2e-5)  # of Llama 3.1, with --no-use-lora
         inference.setdefault("model-name-or-path", page.save_dir)

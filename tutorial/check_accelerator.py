@@ -1,16 +1,22 @@
-"""Show what this machine has and which tutorials it can run: the `moreh-smi` step of the pages, on any machine.
+"""Show what a machine has and which tutorials it can run: the `moreh-smi` step of the pages, on any machine.
 
     python tutorial/check_accelerator.py
+    python tutorial/check_accelerator.py --devices 8 --device-memory 80
+    python tutorial/check_accelerator.py --model-name-or-path ./my-model
     python tutorial/check_accelerator.py --json
 
-No model, data or account has to be there. With --json one object is printed; sizes are bytes, and null is "not known":
+No model, data or account has to be there. --device-memory asks for GPUs that you think of renting, in place of those of
+this machine; --model-name-or-path for a model of your own. With --json one object is printed; sizes are bytes, and null
+is "not known":
 
     platform   "MoAI", "CUDA", "ROCm" or "CPU";   precision  of matrix products: "bfloat16", "float16" or "float32"
     devices    [{"name", "memory_used", "memory_total", "utilization": percent}]
+    rate       of large matrix products on one device, operations a second
     versions   {"python", "torch", ...}, null where not installed;   disk_free  in the working directory
     hub        {"endpoint", "reachable": true or false, "token": "none", "accepted", "refused" or "not verified"}
-    tutorials  [{"name", "method": "full", "lora", "lora_4bit" or "rehearsal", "memory" and "disk" that it needs,
-               "disk_enough": true or false, "commands": to download, prepare and train}]
+    tutorials  [{"name", "method": "full", "lora", "lora_4bit" or "rehearsal", "devices" that it uses, "memory" of each
+               and "disk" that it needs, "least": memory of a device by each method, "disk_enough": true or false,
+               "seconds" of the training, roughly, "commands": to download, prepare and train}]
 """
 
 from __future__ import annotations
@@ -22,11 +28,12 @@ import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from time import perf_counter
+from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.parser import Parser
-from model.plan import METHODS, TUTORIALS, memory_needed, way_to_run
+from common.parser import COUNT, Parser, above
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "bitsandbytes")
 MONITORS = {"MoAI": "moreh-smi", "CUDA": "nvidia-smi", "ROCm": "rocm-smi", "CPU": "top"}
@@ -41,42 +48,81 @@ HUB_TIMEOUT = 3  # seconds
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON object for programs, in place of the tables")
+    add = parser.add_argument
+    add("--devices", type=COUNT, help="GPUs to ask for (default: those of this machine)")
+    add("--device-memory", type=above(0, float), metavar="GB", help="memory of each (default: that of this machine's)")
+    rate = "10^12 operations a second of its 16 bit matrix products (default: measured on this machine)"
+    add("--device-tflops", type=above(0, float), metavar="TFLOPS", help=rate)
+    add("--model-name-or-path", help="directory of a model to plan, in place of the tutorials")
+    add("--json", action="store_true", help="one JSON object for programs, in place of the tables")
     args = parser.parse_args()
+    if args.devices and not args.device_memory:
+        parser.error("--devices without --device-memory: say how many GB each has, as --device-memory 80")
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
     from common.accelerator import start_accelerator
 
     with contextlib.redirect_stdout(io.StringIO()):  # what it says stands in the tables
         accelerator = start_accelerator(seed=0)
-    found = look(accelerator)
-    if args.json:
-        print(json.dumps(found, indent=2))
-    else:
-        show(found)
+    found = look(accelerator, args)
+    print(json.dumps(found, indent=2)) if args.json else show(found)
 
 
-def look(accelerator) -> dict:
+def look(accelerator, args) -> dict:
     """What --json prints."""
+    import torch
+    from tqdm import tqdm
+
     from common.accelerator import devices
     from common.download import ask_hub
+    from model.tutorials import TUTORIALS, Machine, own_model, way_to_run
 
     seen, disk_free = devices(accelerator), shutil.disk_usage(".").free
-    # a script runs on the first device (MoAI shows all its GPUs as one); where its size is not known, think the best
-    memory = float("inf") if seen[0]["memory_total"] is None else seen[0]["memory_total"] / 1e9
+    platform, dtype = accelerator.platform, accelerator.dtype
+    rate = 1e12 * args.device_tflops if args.device_tflops else None
+    if args.device_memory:  # GPUs that are not here
+        size, platform, dtype = int(1e9 * args.device_memory), "CUDA", torch.bfloat16
+        asked = {"name": "GPU", "memory_used": None, "memory_total": size, "utilization": None}
+        seen = [asked] * (args.devices or 1)
+    elif rate is None:
+        rate = rate_of(accelerator)
+    # MoAI shows all its GPUs as one; where a size is not known, think the best
+    memory = min(float("inf") if device["memory_total"] is None else device["memory_total"] for device in seen)
+    machine = Machine(platform, memory, dtype, len(seen) if platform in ("CUDA", "ROCm") else 1, rate)
     versions = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
+    asked = [own_model(args.model_name_or_path)] if args.model_name_or_path else TUTORIALS
+    rows = tqdm(asked, desc="Planning", leave=False, disable=None)  # it takes some seconds; into a file no bar
     return {
-        "platform": accelerator.platform,
-        "precision": str(accelerator.dtype).replace("torch.", ""),
+        "platform": machine.platform,
+        "precision": str(machine.dtype).replace("torch.", ""),
         "devices": seen,
+        "rate": rate,
         "versions": {name: versions.get(name) for name in ("python", *PACKAGES)},
         "disk_free": disk_free,
         "hub": ask_hub(HUB_TIMEOUT),
-        "tutorials": [way_to_run(tutorial, accelerator.platform, memory, disk_free / 1e9) for tutorial in TUTORIALS],
+        "tutorials": [way_to_run(tutorial, machine, disk_free) for tutorial in rows],
     }
+
+
+def rate_of(accelerator) -> Optional[float]:
+    """Operations a second of matrix products, the best of some seconds' tenths; None on MoAI, which compiles first."""
+    import torch
+
+    if accelerator.static_shapes:
+        return None
+    best = 0.0
+    with contextlib.suppress(RuntimeError, AssertionError):  # a driver that does not work
+        one = torch.ones((2048, 2048), dtype=accelerator.dtype, device=accelerator.device)
+        for _ in range(4):
+            accelerator.synchronize()
+            begin = perf_counter()
+            one @ one
+            accelerator.synchronize()
+            best = max(best, 2 * 2048**3 / (perf_counter() - begin))
+    return best or None
 
 
 def show(found: dict) -> None:
@@ -84,6 +130,8 @@ def show(found: dict) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+
+    from model.tutorials import METHODS
 
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
 
@@ -112,14 +160,17 @@ def show(found: dict) -> None:
     console.print()
     console.print(facts)
 
-    tutorials = table("Tutorial", *METHODS.values(), "disk")
-    tutorials.add_column("on this machine")
-    for tutorial, row in zip(TUTORIALS, found["tutorials"]):
-        real = row["method"] in METHODS
-        how = f"{METHODS[row['method']]}, {row['memory'] / 1e9:.0f} GB" if real else "rehearsal"
-        least = [f"{memory_needed(tutorial.kind, method, checkpointing=True):.0f}" for method in METHODS]
-        tutorials.add_row(tutorial.name, *least, f"{tutorial.disk:g}", how, style="green" if real else None)
-    console.print("\nGB of GPU memory (at least, with --gradient-checkpointing) and of disk:\n")
+    tutorials = table("Model", *METHODS.values(), "disk")
+    tutorials.add_column("the best that fits")
+    tutorials.add_column("hours", justify="right")
+    for row in found["tutorials"]:
+        real, several = row["method"] in METHODS, f"{row['devices']} devices, " * (row["devices"] > 1)
+        how = f"{several}{METHODS[row['method']]}, {row['memory'] / 1e9:.0f} GB" if real else "rehearsal"
+        least = ["-" if size is None else f"{size / 1e9:.0f}" for size in row["least"].values()]
+        hours = "-" if row["seconds"] is None else f"{max(0.1, row['seconds'] / 3600):,.1f}"
+        disk = f"{row['disk'] / 1e9:.2g}" if row["disk"] < 1e10 else f"{row['disk'] / 1e9:.0f}"
+        tutorials.add_row(row["name"], *least, disk, how, hours, style="green" if real else None)
+    console.print("\nGB on each device at least, GB of disk for model, checkpoints and result, hours roughly:\n")
     console.print(tutorials)
 
     real = [row["commands"][-1] for row in found["tutorials"] if row["method"] in METHODS]
@@ -138,8 +189,6 @@ def notes(found: dict) -> list:
     tool = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
     if found["platform"] == "CPU" and tool:
         lines.append(f"{tool} is here, but this torch sees no GPU: https://pytorch.org/get-started/locally/")
-    if len(found["devices"]) > 1:
-        lines.append("The scripts use device 0; CUDA_VISIBLE_DEVICES=1 makes them use device 1.")
     free = float("inf") if first["memory_used"] is None else first["memory_total"] - first["memory_used"]
     for what, names in (
         ("memory is free now", [row["name"] for row in found["tutorials"] if row["memory"] > free]),

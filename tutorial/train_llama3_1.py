@@ -33,7 +33,6 @@ def main():
         block_size=2048,
         use_lora=True,  # r 16, alpha 16, no dropout, every linear layer
         bits=4,
-        gradient_checkpointing=True,
         lora_lr=2e-4,
         lr=2e-5,  # with --no-use-lora
         lr_scheduler="linear",
@@ -48,15 +47,17 @@ def main():
     from common.accelerator import start_accelerator
     from common.optimizer import make_optimizer
     from common.training import train
+    from model.fit import plan_training
     from model.loading import load_to_train, save_model
 
     # before the model is built: on MoAI Platform this turns automatic parallelization on
     accelerator = start_accelerator(args.seed, args.deterministic)
+    plan = plan_training(args, accelerator, checkpoints.before)  # what fits, before anything is loaded
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
     model = load_to_train(args, accelerator)  # with its loss; every weight, or with --use-lora an adapter
     optimizer = make_optimizer(model, args, accelerator)
-    run = train(model, optimizer, dataset, args, accelerator, checkpoints)
+    run = train(model, optimizer, dataset, args, accelerator, checkpoints, plan)
     save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=run)
 
 

@@ -1,0 +1,96 @@
+"""Which way of training fits a device: what a train script says and decides before it loads anything."""
+
+from __future__ import annotations
+
+import sys
+from typing import Iterator, Optional
+
+from common import UserError
+from common.accelerator import Accelerator, total_memory
+from model.counts import Way, can_checkpoint, can_count, config_of
+from model.plan import BITS, Plan, plan
+
+MOST = 0.95  # of the memory: the rest is lost between its pieces
+# one after the other, each takes less; 8 bit is not among them: 4 bit takes half, and 16 bit is faster
+METHODS = ("full", "lora", "lora_4bit")
+OPTIONS = {"full": "", "lora": " --use-lora", "lora_4bit": " --use-lora --load-in-4bit"}
+WORDS = {"--use-lora", "--no-use-lora", "--load-in-4bit", "--load-in-8bit", "--no-quantization"}
+
+
+def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan]:
+    """Print what the training of `args` will take, and settle what is left open: args.gradient_checkpointing (None) and
+    args.micro_batch_tokens (0) become what fits the device's total memory, so that the same command is the same run.
+
+    before: the state of a run that goes on (common.state), whose choice is kept. None where nothing can be said: on
+    MoAI Platform, which splits a model by itself, and with a torch that is too old. UserError where weights, gradients
+    and optimizer states alone are more than the device has, with the command that fits.
+    """
+    if accelerator.static_shapes or not can_count():
+        args.gradient_checkpointing = bool(args.gradient_checkpointing)
+        return None
+    memory, config = total_memory(accelerator.device), config_of(args.model_name_or_path)
+    tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
+    checkpointing = args.gradient_checkpointing
+    if checkpointing is None:
+        checkpointing = before.get("gradient_checkpointing", None if can_checkpoint(config) else False)
+    way = Way(
+        method=next((name for name, bits in BITS.items() if bits == args.bits), "lora") if args.use_lora else "full",
+        checkpointing=bool(checkpointing),
+        tokens=min(tokens or accelerator.micro_batch_tokens, args.batch_size * args.block_size),
+        length=args.block_size,
+        dtype=accelerator.dtype,
+        device=accelerator.device.type,
+        lora=(args.lora_r, args.lora_dropout, tuple(args.lora_target_modules)),
+    )
+    planned = best(config, ways(way, tokens == 0, checkpointing is None), memory)
+    args.gradient_checkpointing = planned.way.checkpointing
+    if tokens == 0 and planned.way.tokens < way.tokens:
+        args.micro_batch_tokens = planned.way.tokens
+    print(*planned.lines, sep="\n")
+    if planned.state > memory:
+        raise UserError(
+            f"weights, gradients and optimizer states of {args.model_name_or_path} take {planned.state / 1e9:.1f} GB, "
+            f"the device has {memory / 1e9:.1f} GB. {_what_fits(config, planned.way, memory)}"
+        )
+    if planned.peak > memory:
+        print(
+            f"Plan: that may be more than the {memory / 1e9:.1f} GB of the device. A smaller --block-size takes less. "
+            f"{_what_fits(config, planned.way, memory)}"
+        )
+    return planned
+
+
+def ways(way: Way, tokens: bool = True, checkpointing: bool = True) -> Iterator[Way]:
+    """`way` and what takes less memory, the fastest first, where `tokens` and `checkpointing` may be chosen."""
+    yield way
+    if checkpointing:
+        way = way._replace(checkpointing=True)
+        yield way
+    while tokens and way.tokens > way.length:
+        way = way._replace(tokens=max(way.length, way.tokens // 2))
+        yield way
+
+
+def best(config, candidates: Iterator[Way], memory: float) -> Plan:
+    """The plan of the first of them that fits `memory` bytes, of the last one where none does."""
+    for way in candidates:
+        planned = plan(config, way)
+        if planned.peak <= MOST * memory:
+            break
+    return planned
+
+
+def _what_fits(config, way: Way, memory: float) -> str:
+    """A command for the reader, made of the one that was given."""
+    others = METHODS[METHODS.index(way.method) + 1 :] if way.method in METHODS else METHODS[-1:]
+    words = " ".join(word for word in sys.argv if word not in WORDS)
+    for method in others:
+        if best(config, ways(way._replace(method=method)), memory).peak <= MOST * memory:
+            return f"What fits: python {words}{OPTIONS[method]}"
+    for processes in (2, 4, 8, 16):
+        if (
+            way.method not in BITS
+            and best(config, ways(way._replace(processes=processes)), memory).peak <= MOST * memory
+        ):
+            return f"What fits: {processes} such devices, torchrun --nproc-per-node {processes} {' '.join(sys.argv)}"
+    return "Take a larger device, or a smaller model."
