@@ -12,7 +12,7 @@ from typing import Dict, List, NamedTuple
 
 import torch
 
-from common import UserError, is_out_of_memory, less_memory, missing_package
+from common import UserError, is_out_of_memory, less_memory, missing_package, processes
 
 
 class Accelerator(NamedTuple):
@@ -83,8 +83,10 @@ class Accelerator(NamedTuple):
             used = psutil.Process().memory_info().rss
             unit = 1 if sys.platform == "darwin" else 1024
             peak = max(used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        used, peak = processes.largest([used, peak])
         share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
-        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}"
+        of = f", the largest of {processes.count()} processes" if processes.count() > 1 else ""
+        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}{of}"
 
     def room_for_training(self, model: torch.nn.Module):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
@@ -153,9 +155,11 @@ def devices(accelerator: Accelerator) -> List[dict]:
 def start_accelerator(seed: int, deterministic: bool = False) -> Accelerator:
     """Find the device and seed torch; `deterministic`: one seed, one result, to the last bit on a machine.
 
-    To be called before the model is built: on MoAI Platform it turns automatic parallelization on.
+    To be called before the model is built: on MoAI Platform it turns automatic parallelization on, and of several
+    processes each joins the others.
     """
     moai = _moai()
+    processes.start(moai is not None)
     if moai is not None:
         moai.option.enable_advanced_parallelization()
     # On a CPU oneDNN keeps a program for each shape of a product that it has seen, up to 1024 of them: over a training
@@ -172,15 +176,19 @@ def start_accelerator(seed: int, deterministic: bool = False) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=not strict)
         if strict:
             torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
+    several = processes.count() > 1
     if torch.cuda.is_available():
         # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
         bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
-        name, device = torch.cuda.get_device_name(), torch.device("cuda")
+        name = torch.cuda.get_device_name()
+        device = torch.device("cuda", processes.number_on_machine()) if several else torch.device("cuda")
         accelerator = Accelerator(device, name, torch.bfloat16 if bf16 else torch.float16, moai is not None)
     else:
         dtype = torch.bfloat16 if _cpu_has_bf16() else torch.float32
         name = f"CPU, {torch.get_num_threads()} threads"
         accelerator = Accelerator(torch.device("cpu"), name, dtype, moai is not None)
+    if several:
+        accelerator = accelerator._replace(name=f"{processes.count()} processes, each on {name}")
     print(f"Device: {accelerator.name}, {str(accelerator.dtype).replace('torch.', '')}")
     return accelerator
 

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from common import STOPPING, UserError
+from common import STOPPING, UserError, processes
 
 
 class Stopped(Exception):
@@ -48,6 +48,8 @@ class StopRequest:
         self.number = self.number or number
 
     def check(self) -> None:
+        """Stopped where it has come: of several processes in all at once, where one of them has heard it."""
+        self.number = int(processes.largest([self.number])[0])
         if self.number:
             raise Stopped
 
