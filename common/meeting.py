@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Callable, ContextManager, Iterable, Iterator, List
@@ -35,8 +36,13 @@ def start(moai: bool, here: int, index: int) -> None:
         return
     if gpus:
         torch.cuda.set_device(index)
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set(f"process {number}", "is here")
+    while not store.check([f"process {other}" for other in range(count)]):
+        time.sleep(0.1)  # and not in the next line, which does not hear when torchrun ends it
     # numbers in the main memory always go by gloo, which does not wait for a GPU
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,7 @@ from typing import Callable
 
 from common import STOPPING
 from common.processes import count, is_first, lost_another, number
-
-_ended_by_signal: list = []
+from common.stopping import heard
 
 
 def speak_once() -> None:
@@ -25,7 +24,7 @@ def speak_once() -> None:
     Only the first prints. An error that all meet is told by the first: torchrun then ends the others, which had waited
     a little. One that another process alone meets is told by that one.
     """
-    if count() == 1:
+    if count() == 1 or sys.excepthook.__module__ == __name__:  # or a second training in one process
         return
     sys.excepthook = _told_once(sys.excepthook)
     for stop in STOPPING:  # torchrun ends the others so, and tells why
@@ -39,26 +38,30 @@ def _told_once(tell: Callable) -> Callable:
     """An excepthook that leaves the telling to the first process, or to torchrun, where these can do it."""
 
     def hook(kind, error, traceback):
-        lost = lost_another(error)
+        lost, status = lost_another(error), 1
+        everywhere = isinstance(error, KeyboardInterrupt)  # torchrun hands Ctrl-C to all
         try:
-            if lost or not is_first():
-                time.sleep(5 if lost else 2 + 0.25 * number())  # if it is not alone, torchrun ends it meanwhile
+            # if it is not alone with its error, torchrun ends it meanwhile
+            if not (is_first() or everywhere) or (lost and not heard):
+                time.sleep(5 if lost else 2 + 0.25 * number())
             sys.stderr = sys.__stderr__
-            if not lost:
-                tell(kind, error, traceback)
-            elif is_first() and not _ended_by_signal:
+            if lost and is_first() and not heard:
                 print("error: another process has ended: torchrun tells which, and why.", file=sys.stderr)
-            status = 1
+            elif not lost and is_first():
+                tell(kind, error, traceback)
+            elif not lost and not everywhere:
+                print(file=sys.stderr)  # the first one's bar may stand in this line
+                tell(kind, error, traceback)
         except SystemExit as end:
-            status = end.code
+            status = end.code if isinstance(end.code, int) else 1
         atexit._run_exitfuncs()  # but not the end of the group, which would wait for the others
-        os._exit(status if isinstance(status, int) else 1)
+        os._exit(status)
 
     return hook
 
 
 def _leave(stop: int, _) -> None:
-    _ended_by_signal.append(stop)
+    heard.append(stop)
     for other in STOPPING:
         signal.signal(other, signal.SIG_IGN)
     sys.exit(128 + stop)
@@ -67,5 +70,6 @@ def _leave(stop: int, _) -> None:
 def _end() -> None:
     """Leave the group, where all have come to the end together."""
     distributed = sys.modules.get("torch.distributed")
-    if not (_ended_by_signal or hasattr(sys, "last_value") or distributed is None) and distributed.is_initialized():
+    failed = hasattr(sys, "last_value") or distributed is None
+    if not failed and distributed.is_initialized():
         distributed.destroy_process_group()

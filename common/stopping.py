@@ -15,6 +15,8 @@ from pathlib import Path
 
 from common import STOPPING, UserError, processes
 
+heard: list = []  # signals by which this process was asked to stop
+
 
 class Stopped(Exception):
     """Somebody has asked the training to stop."""
@@ -42,6 +44,7 @@ class StopRequest:
             os.kill(os.getpid(), self.number)
 
     def _hear(self, number, _) -> None:
+        heard.append(number)
         if self.number and number == signal.SIGINT:
             self.at_once = True
             raise KeyboardInterrupt

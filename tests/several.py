@@ -3,10 +3,10 @@
     python tests/several.py cases.json
     torchrun --standalone --nproc-per-node 2 tests/several.py cases.json
 
-cases.json: [{"name", "words": a train script and its options, "cut": the step in which it is cut, "file": bytes of a file of weights at most}, ...]. Each process N writes into the directory NAME:
-seen-N.json: the rows that it has trained on in each step, how many micro-batches it ran, the error that ended it;
-loaded-N.pt, all that was loaded; and weights-N.pt, what was trained. Products are in float32, so that a sum in another
-order is all that may differ.
+cases.json: [{"name", "words": a train script and its options, "cut": the step in which the training is cut, "file":
+bytes of a file of weights at most}, ...]. Each process N writes into the directory NAME: seen-N.json, the rows that it
+has trained on in each step, how many micro-batches it ran, the error that ended it; loaded-N.pt, all that was loaded;
+and weights-N.pt, what was trained. Products are in float32, so that a sum in another order is all that may differ.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,9 +16,8 @@ import torch.distributed.fsdp
 import transformers
 
 from common.model_directory import stored_tensors
-from tests.conftest import ROOT, environment, lay_out, run
-from tests.helpers import adapter_weights, contents, needs_bitsandbytes, quantizes, records
-from tests.test_moai import MOAI
+from tests.conftest import ROOT, environment, lay_out
+from tests.helpers import adapter_weights, contents, error_of, quantizes, records
 
 HAS_FSDP2 = hasattr(getattr(torch.distributed, "fsdp", None), "fully_shard")
 needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="torch before 2.6 can't shard so")
@@ -269,3 +267,209 @@ def test_the_first_one_alone_prints(several):
     errors = [line for line in re.split(r"[\n\r]", (several / "errors").read_text()) if "step/s" not in line]
     errors = [line for line in errors if line.strip() and "torch/distributed/run.py" not in line]
     assert not [line for line in errors if "Writing model shards" not in line and "Loading weights" not in line], errors
+
+
+# ------------------------------------------------------------------------------------------------ what goes wrong
+
+TRAIN = f"tutorial/train_llama3.py {WORDS} --block-size 128 --max-train-steps {STEPS} --save-steps 4"
+APART = ROOT / "tests" / "apart.py"
+
+
+def ours(done):
+    """Assert that torchrun has ended for an error; our lines of it."""
+    assert done.returncode == 1 and done.stderr.count("Traceback (most") == 1, done.stdout + done.stderr  # its own
+    return re.findall(r"(?:^|[\r\n]|step/s\])(error: .*|Stopped.*|Interrupted.*)", done.stderr)
+
+
+def copy_to(folder, prepared):
+    for name in ("llama3-8b", "llama3_dataset.pt"):
+        path = prepared / name
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / name)
+    return folder
+
+
+@pytest.fixture
+def work(folder, prepared):
+    """A fresh working directory with Llama 3's stand-in and its data."""
+    return copy_to(folder, prepared)
+
+
+@needs_fsdp2
+def test_fewer_rows_than_processes(work):
+    before = contents(work)
+    [line] = ours(torchrun(2, *TRAIN.split(), "--batch-size", "1", cwd=work))
+    assert line.startswith("error: --batch-size 1 has fewer rows than the 2 processes") and contents(work) == before
+
+
+@needs_fsdp2
+@pytest.mark.parametrize(
+    "what", ["./llama3-8b", pytest.param("./llama3_dataset.pt", marks=pytest.mark.slow)], ids=["model", "data"]
+)
+def test_processes_that_see_different_files(what, work, warm):
+    """Before anything is loaded, by the first, though the second one is the one to blame."""
+    if what == "./llama3-8b":
+        shutil.copytree(work / "llama3-8b", work / "other")
+        content = bytearray((work / "other" / "model.safetensors").read_bytes())
+        content[-4096:] = bytes(4096)
+        (work / "other" / "model.safetensors").write_bytes(content)
+    else:
+        sample = "--dataset-name-or-path dataset/samples/cnn_dailymail --save-path ./other --block-size 127"
+        warm(f"python dataset/prepare_llama3_dataset.py {sample}", cwd=work)
+    given = f"--model-name-or-path ./llama3-8b --dataset-name-or-path ./llama3_dataset.pt --save-dir {work}/saved"
+    done = torchrun(2, APART, 1, f"word {what} ./other", *TRAIN.split(), *given.split(), cwd=work)
+    [line] = ours(done)
+    assert line.startswith("error: The processes see different files: the") and what in line
+    assert "Memory:" not in done.stdout and not (work / "saved").exists()
+
+
+@needs_fsdp2
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_mistake_that_one_process_alone_meets(alone, work):
+    began = time.monotonic()
+    words = [*TRAIN.split(), "--model-name-or-path", "./llama3-8b"]
+    done = torchrun(2, APART, alone, "word ./llama3-8b ./nothing", *words, cwd=work)
+    assert ours(done) == [
+        "error: the model directory ./nothing does not exist: Run python tutorial/download_llama3_8b.py first."
+    ]
+    assert time.monotonic() - began < 40
+
+
+# A script on a machine of which something is said.
+SAID = """
+import runpy, sys, types
+import torch
+import torch.distributed.fsdp
+
+_, what, *sys.argv = sys.argv
+if what == "moai":
+    torch.moreh = sys.modules["torch.moreh"] = types.ModuleType("torch.moreh")
+elif what == "old":
+    torch.distributed.fsdp.__dict__.pop("fully_shard", None)
+else:
+    torch.cuda.device_count = lambda: 1
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    "what, line",
+    [
+        ("moai", r"MoAI Platform splits the work by itself: start one process, python tutorial/train_llama3\.py, with"),
+        (
+            "old",
+            r"torchrun with several processes needs torch 2\.6 or newer, and \S+ is installed\. Start one process, ",
+        ),
+        pytest.param("gpu", r"2 processes on a machine with 1 GPUs, .*--nproc-per-node 1\.", marks=needs_fsdp2),
+    ],
+)
+def test_where_several_processes_can_not_train(what, line, work, warm):
+    """The first of two: it is told by what torchrun tells it, and has not yet met the other."""
+    (work / "said.py").write_text(SAID)
+    env = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    done = warm(f"python said.py {what} {TRAIN}", cwd=work, env=env, ok=None)
+    assert re.search(line, error_of(done)) and "Device" not in done.stdout
+    assert not (work / "llama3_summarization").exists()
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in (folder / "llama3_summarization").glob("*checkpoint-*"))
+
+
+def goes_on_as_one(processes, step, work, one, words=TRAIN):
+    """The same command, on other processes, ends as one process does that was never cut."""
+    done = torchrun(processes, APART, "none", "x", *words.split(), cwd=work)
+    assert done.returncode == 0 and f"Continuing from step {step} of {STEPS}: " in done.stdout, done.stderr
+    (work / "cut").mkdir()
+    (work / "cut" / "saved").symlink_to(work / "llama3_summarization")
+    same_losses(one, work, "llama", "cut")
+    files = [directory / "model.safetensors" for directory in (one / "llama" / "saved", work / "llama3_summarization")]
+    from safetensors.torch import load_file
+
+    near(*map(load_file, files), 1e-2)  # in bfloat16
+
+
+@needs_fsdp2
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["-torch:Tensor.backward 10.1", "-torch.distributed.checkpoint.filesystem:_write_item 12.2"]
+)
+def test_one_of_four_is_killed(place, work, one):
+    """In a micro-batch, or while it writes its part of a checkpoint: no process writes one any more."""
+    began = time.monotonic()
+    done = torchrun(4, APART, 2, f"9 {place}", *TRAIN.split(), cwd=work)
+    lines = ours(done)
+    assert time.monotonic() - began < 60 and len(lines) <= 1, done.stderr
+    assert re.search(r"Root Cause.*\n\[0\]:\n(.*\n)*? *rank *: 2 .*\n *exitcode *: -9 ", done.stderr)
+    assert checkpoints(work) == ["checkpoint-8"] and "Training Done" not in done.stdout
+    goes_on_as_one(2, 8, work, one)
+    assert not list((work / "llama3_summarization").glob(".*"))
+
+
+@needs_fsdp2
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group(work, one):
+    """Twice to each process, as a scheduler sends it, while torchrun sends its own as well."""
+    psutil = pytest.importorskip("psutil")
+    command = [
+        *TORCHRUN,
+        "--nproc-per-node",
+        "4",
+        str(APART),
+        "none",
+        "x",
+        *TRAIN.replace("--save-steps 4", "").split(),
+    ]
+    env = environment(PYTHONUNBUFFERED="1")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=work, env=env, **pipes)
+    try:
+        while "[Step 5/" not in process.stdout.readline():
+            assert process.poll() is None
+        workers = [
+            worker for worker in psutil.Process(process.pid).children() if "apart.py" in " ".join(worker.cmdline())
+        ]
+        assert len(workers) == 4
+        began = time.monotonic()
+        for _ in range(2):
+            for worker in (*workers, process):
+                worker.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1 and time.monotonic() - began < 30
+    [name] = checkpoints(work)
+    step = int(name[len("checkpoint-") :])
+    where = f"kept in llama3_summarization/{name}. Run the same command to go on from there."
+    assert 5 <= step <= 8 and err.count("Stopped") == 1 and f"Stopped after step {step}, {where}" in err
+    assert "error:" not in err and "Interrupted" not in err
+    goes_on_as_one(2, step, work, one)
+
+
+@needs_fsdp2
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_in_one_process(work):
+    done = torchrun(2, APART, 1, "nan 6", *TRAIN.split(), cwd=work)
+    [line] = ours(done)
+    assert line.startswith("error: The loss of step 6 is nan. Take a smaller --lr")
+    assert "(llama3_summarization/checkpoint-4 is from before it)" in line and checkpoints(work) == ["checkpoint-4"]
+
+
+@needs_fsdp2
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [0, 1])
+def test_memory_that_gives_out_in_one_process(alone, work, one):
+    """No process can go on in mid-step without the others: all end, and the next start takes half as much at once."""
+    words = f"{TRAIN} --micro-batch-tokens 400"
+    done = torchrun(2, APART, alone, "memory 6", *words.split(), cwd=work)
+    [line] = ours(done)
+    found = re.fullmatch(
+        rf"error: the memory of process {alone} of 2 is full\. Run the same command again: it goes on with "
+        r"--micro-batch-tokens (\d+)\.",
+        line,
+    )
+    assert found and 100 <= int(found[1]) <= 200, line
+    goes_on_as_one(2, 4, work, one, words)
+    run = json.loads((work / "llama3_summarization" / "run.json").read_text())
+    assert run["options"]["micro_batch_tokens"] == int(found[1])
+    assert not list((work / "llama3_summarization").glob(".*"))
