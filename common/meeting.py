@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Callable, ContextManager, Iterable, Iterator, List
 
@@ -43,6 +44,10 @@ def start(moai: bool, here: int, index: int) -> None:
     # numbers in the main memory always go by gloo, which does not wait for a GPU
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
+    # glibc keeps what is freed in pieces of less than 32 MB, and layers that come and go would leave holes as large as
+    # the model: from 1 MB on they go back (M_MMAP_THRESHOLD: https://man7.org/linux/man-pages/man3/mallopt.3.html)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 2**20)
 
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
