@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack
+.PHONY: demo test test-slow test-stack bench-memory
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -30,6 +30,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m slow
+
+# the memory of each of four processes under torchrun, and of one alone: some minutes, 10 GB of memory and of disk
+bench-memory: .venv/test
+	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/sharded_memory.py
 
 # the interpreter of the set, pyenv's where the name alone is none
 STACK ?= torch2.1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import os
-import resource
-import sys
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, NamedTuple
 
 import torch
 
-from common import UserError, is_out_of_memory, less_memory, missing_package
+from common import missing_package, processes
+from common.memory import forget_peak, memory_used, room_for, total_memory
 
 
 class Accelerator(NamedTuple):
@@ -71,41 +69,17 @@ class Accelerator(NamedTuple):
 
     def memory(self) -> str:
         """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
-        used, peak = self.memory_used()
+        used, peak = memory_used(self.device, self.static_shapes)
         if not peak:
             return "Memory: see moreh-smi" if self.static_shapes else f"Memory: not known, {missing_package('psutil')}"
         total = total_memory(self.device)
         share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
-        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}"
-
-    def memory_used(self) -> Tuple[int, int]:
-        """Bytes of the device's memory that this process holds, now and at most so far; 0, 0 where nothing tells."""
-        if self.static_shapes:
-            return 0, 0
-        if self.device.type == "cuda":
-            return torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()
-        try:
-            import psutil
-        except ImportError:
-            return 0, 0
-        used, most = psutil.Process().memory_info().rss, 0
-        with contextlib.suppress(OSError), open("/proc/self/status") as status:  # Linux has one that can be reset
-            most = 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return used, max(used, most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-    def forget_peak(self) -> None:
-        """From here on the peak is that of the training, and not what reading a model's files took."""
-        gc.collect()
-        if self.device.type == "cuda" and not self.static_shapes:
-            torch.cuda.reset_peak_memory_stats()
-        with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as marks:
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
-            marks.write("5")  # https://docs.kernel.org/filesystems/proc.html
+        of = f", the largest of {processes.count()} processes" if processes.count() > 1 else ""
+        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}{of}"
 
     def room_for_training(self, model: torch.nn.Module):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
-        self.forget_peak()
+        forget_peak(self.device)
         # a trained weight has a gradient like itself and AdamW's two states, float32
         fixed = sum(
             w.numel() * (2 * w.element_size() + 8 if w.requires_grad else w.element_size()) for w in model.parameters()
@@ -113,67 +87,14 @@ class Accelerator(NamedTuple):
         return room_for("weights, gradients and AdamW's states", fixed, self.device)
 
 
-@contextlib.contextmanager
-def room_for(what: str, needed: int, device: torch.device):
-    """Inside, a full memory ends in one line: that `what` takes `needed` bytes, what there is, which options help."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        total = total_memory(device)
-        # smaller pieces of the data would not help where even these don't fit
-        of_weights = ("--use-lora", "--load-in-4bit")
-        options = [option for option in less_memory if needed <= total or option in of_weights]
-        helps = f"What takes less: {', '.join(options)}." if options else "Take a larger device, or a smaller model."
-        raise UserError(
-            f"the memory is full: {what} take {needed / 1e9:.1f} GB, the device has {total / 1e9:.1f} GB. {helps}"
-        ) from None
-
-
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory, or of the main memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def devices(accelerator: Accelerator) -> List[dict]:
-    """Of each device its name, bytes of memory that all programs use, and in total, utilization in percent; None where
-    nothing tells."""
-
-    def device(name, used, total, utilization):
-        return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
-
-    if accelerator.device.type == "cpu":
-        try:
-            import psutil
-        except ImportError:  # before the first pip install
-            return [device(accelerator.name, None, total_memory(accelerator.device), None)]
-        memory = psutil.virtual_memory()
-        return [device(accelerator.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
-
-    def ask(question, index):  # drivers, and torch where a driver's Python package lacks, each fail in their own way
-        try:
-            return question(index)
-        except Exception:
-            return None
-
-    found = []
-    for index in range(torch.cuda.device_count()):
-        name, utilization = torch.cuda.get_device_name(index), ask(torch.cuda.utilization, index)
-        properties = ask(torch.cuda.get_device_properties, index)
-        free, total = ask(torch.cuda.mem_get_info, index) or (None, getattr(properties, "total_memory", None))
-        found.append(device(name, None if free is None else total - free, total, utilization))
-    return found
-
-
 def start_accelerator(seed: int, deterministic: bool = False) -> Accelerator:
     """Find the device and seed torch; `deterministic`: one seed, one result, to the last bit on a machine.
 
-    To be called before the model is built: on MoAI Platform it turns automatic parallelization on.
+    To be called before the model is built: on MoAI Platform it turns automatic parallelization on, and of several
+    processes each joins the others.
     """
     moai = _moai()
+    processes.start(moai is not None)
     if moai is not None:
         moai.option.enable_advanced_parallelization()
     # On a CPU oneDNN keeps a program for each shape of a product that it has seen, up to 1024 of them: over a training
@@ -190,15 +111,19 @@ def start_accelerator(seed: int, deterministic: bool = False) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=not strict)
         if strict:
             torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
+    several = processes.count() > 1
     if torch.cuda.is_available():
         # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
         bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
-        name, device = torch.cuda.get_device_name(), torch.device("cuda")
+        name = torch.cuda.get_device_name()
+        device = torch.device("cuda", processes.number_on_machine()) if several else torch.device("cuda")
         accelerator = Accelerator(device, name, torch.bfloat16 if bf16 else torch.float16, moai is not None)
     else:
         dtype = torch.bfloat16 if _cpu_has_bf16() else torch.float32
         name = f"CPU, {torch.get_num_threads()} threads"
         accelerator = Accelerator(torch.device("cpu"), name, dtype, moai is not None)
+    if several:
+        accelerator = accelerator._replace(name=f"{processes.count()} processes, each on {name}")
     print(f"Device: {accelerator.name}, {str(accelerator.dtype).replace('torch.', '')}")
     return accelerator
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from common import UserError, less_memory
 from common.files import require_place
+from common.one_voice import speak_once
 from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch
+from common.processes import count
 
 SWITCH = {"auto": None, "on": True, "off": False}
 HIDDEN = argparse.SUPPRESS  # the opposite of an option needs no line of its own in --help
@@ -63,6 +65,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     A script gives model_name_or_path, dataset_name_or_path, save_dir, batch_size and log_interval at least. `bits`: 4
     or 8 for a quantized base (--load-in-4bit, --load-in-8bit), which needs LoRA; else 0.
     """
+    speak_once()
     parser = Parser(description)
     epochs, steps = defaults.pop("epochs", 1), defaults.pop("max_train_steps", 0)
 
@@ -130,6 +133,11 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
         )
     if args.keep_best and not (args.eval_step and args.eval_rows):
         parser.error("--keep-best needs held-out losses to compare: give --eval-step, and --eval-rows above 0")
+    if args.batch_size < count():
+        parser.error(
+            f"--batch-size {args.batch_size} has fewer rows than the {count()} processes, and each takes one at least: "
+            f"give --batch-size {count()} or more, or start fewer processes"
+        )
     if args.lora_dropout >= 1:
         parser.error(f"--lora-dropout {args.lora_dropout} drops everything: it must be less than 1")
     if args.lr is None:

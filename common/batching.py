@@ -26,12 +26,22 @@ class Batches:
     """The batches of a split (`dataset["train"]` of a dataset file), as the device wants them.
 
     `lengths` and `label_counts`, int32 [rows]: the tokens of each row, and those that carry a loss. static_length: the
-    length of all rows on a platform that compiles a graph for each shape, else 0.
+    length of all rows on a platform that compiles a graph for each shape, else 0. process, processes: of so many
+    processes, each of which takes its share of a batch's rows, the one whose micro-batches are asked for.
     """
 
-    def __init__(self, split: dict, batch_size: int, micro_batch_tokens: int, static_length=0, train_on_prompt=False):
+    def __init__(
+        self,
+        split: dict,
+        batch_size: int,
+        micro_batch_tokens: int,
+        static_length: int = 0,
+        train_on_prompt: bool = False,
+        process: int = 0,
+        processes: int = 1,
+    ):
         self.split, self.micro_batch_tokens, self.static_length = split, micro_batch_tokens, static_length
-        self.train_on_prompt = train_on_prompt
+        self.train_on_prompt, self.process, self.processes = train_on_prompt, process, processes
         self.lengths = split["lengths"]
         # a row's first token is never predicted
         self.label_counts = self.lengths - 1 if train_on_prompt else split["label_counts"]
@@ -48,29 +58,42 @@ class Batches:
         return self._order[place * self.batch_size : (place + 1) * self.batch_size]
 
     def of(self, rows: List[int]) -> List[MicroBatch]:
-        """The micro-batches of these rows: of at most `micro_batch_tokens` tokens, padding included.
+        """The micro-batches of this process's share of the rows: of at most `micro_batch_tokens` tokens, padding
+        included. Every process has the same number of them, for a model that is shared out runs in all at once.
 
         Rows of like length go together, so that little is padding. A row longer than that is a micro-batch of its own.
         """
         if self.static_length:
             return [self._static(rows)]
-        lengths = self.lengths[rows].tolist()
+        of_all = [self._groups(share) for share in self.shares(rows)]
+        groups = of_all[self.process]
+        found = [self._padded(group, int(self.lengths[group[0]])) for group in groups]
+        return found + [self._padded([], 2)] * (max(map(len, of_all)) - len(groups))
+
+    def shares(self, rows: List[int]) -> List[List[int]]:
+        """The rows of each process."""
+        return [rows] if self.processes == 1 else _balanced(self.lengths[rows].tolist(), rows, self.processes)
+
+    def make_smaller(self, rows: List[int]) -> bool:
+        """Halve this process's largest micro-batch of these rows; False where each row is one of its own already."""
+        share = self.shares(rows)[self.process]
+        groups = [] if self.static_length else self._groups(share)
+        if self.static_length or len(groups) == len(share):
+            return False
+        self.micro_batch_tokens = max(len(group) * int(self.lengths[group[0]]) for group in groups) // 2
+        return True
+
+    def _groups(self, rows: List[int]) -> List[List[int]]:
+        """The row numbers of each micro-batch, the longest row first."""
         groups: List[List[int]] = []
         longest = 0
-        for length, row in sorted(zip(lengths, rows), key=lambda pair: (-pair[0], pair[1])):
+        for length, row in sorted(zip(self.lengths[rows].tolist(), rows), key=lambda pair: (-pair[0], pair[1])):
             if groups and (len(groups[-1]) + 1) * longest <= self.micro_batch_tokens:
                 groups[-1].append(row)
             else:
                 groups.append([row])
                 longest = length
-        return [self._padded(group, int(self.lengths[group[0]])) for group in groups]
-
-    def make_smaller(self, rows: List[int]) -> bool:
-        """Halve the largest micro-batch of these rows; False where each row is one of its own already."""
-        if self.static_length or len(self.of(rows)) == len(rows):
-            return False
-        self.micro_batch_tokens = max(micro_batch.input_ids.numel() for micro_batch in self.of(rows)) // 2
-        return True
+        return groups
 
     def _static(self, rows: List[int]) -> MicroBatch:
         """The whole batch at once, padded to [batch_size, static_length], with its attention mask. A short last batch
@@ -83,7 +106,7 @@ class Batches:
 
     def _padded(self, rows: List[int], length: int, height: int = 0) -> MicroBatch:
         # any id will do as padding: it has no label, and no token of the row sees it
-        input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
+        input_ids = torch.zeros((max(height, len(rows), 1), length), dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORED)
         for place, row in enumerate(rows):
             begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
@@ -92,3 +115,14 @@ class Batches:
             with_loss = self.train_on_prompt or self.split["loss_mask"][begin:end]
             labels[place, : len(ids)] = torch.where(torch.as_tensor(with_loss), ids, IGNORED)
         return MicroBatch(input_ids, labels, None)
+
+
+def _balanced(lengths: List[int], rows: List[int], parts: int) -> List[List[int]]:
+    """Parts of about as many tokens, so that no process waits long for the others; of the same rows the same ones."""
+    found: List[List[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for length, row in sorted(zip(lengths, rows), key=lambda pair: (-pair[0], pair[1])):  # the longest first
+        least = tokens.index(min(tokens))
+        found[least].append(row)
+        tokens[least] += length
+    return found

@@ -14,14 +14,15 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import List
+from typing import Iterator, List
 
-from common import UserError
+from common import UserError, processes
 from common.dataset_check import digest_of_meta
 from common.files import written_whole
 
@@ -72,13 +73,26 @@ def damage_of(checkpoint: Path) -> str:
     return ""
 
 
+def has_room(directory: Path, new: int, size: int, asked: bool) -> bool:
+    """Whether the disk has room for so many `new` ones of `size` bytes; where it has not, the reader is told, or, where
+    checkpoints were `asked` for, UserError."""
+    free = processes.from_first(shutil.disk_usage(directory).free if processes.is_first() else 0)
+    if new * size <= free:
+        return True
+    line = (
+        f"The disk of {directory} has no room for {new} checkpoints of {size / 1e9:.1f} GB: "
+        f"{(new * size - free) / 1e9:.1f} GB are missing."
+    )
+    if asked:
+        raise UserError(f"{line} Free them, give another --save-dir, or leave out --save-steps and --keep-best.")
+    print(f"{line} This run writes none, so what it does is lost where it is cut.", flush=True)
+    return False
+
+
 def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
     """Write it whole, or not at all. tensors: a nested dict; facts: whatever JSON holds. UserError where another
     trainer's has the name."""
-    if checkpoint.exists() and checkpoint not in checkpoints_in(checkpoint.parent):
-        raise UserError("it is there, and is another trainer's")
-    with written_whole(checkpoint, stale=("*",)) as new:
-        new.mkdir()
+    with processes.by_first(lambda: _new_checkpoint(checkpoint)) as new:
         if dcp():
             with _without_warnings():
                 dcp().save(tensors, checkpoint_id=str(new))
@@ -87,10 +101,21 @@ def write_checkpoint(checkpoint: Path, tensors: dict, facts: dict) -> None:
 
             # the writer of zip files aborts the process where the disk is full, in torch 1.13
             torch.save(tensors, new / TENSORS, _use_new_zipfile_serialization=False)
-        files = {path.name: _digest(path) for path in sorted(new.iterdir())}
-        facts = {"format": FORMAT, "version": VERSION, "stored_by": _stored_by(), **facts, "files": files, "sha256": ""}
-        facts["sha256"] = digest_of_meta(facts)
-        (new / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        if processes.is_first():
+            files = {path.name: _digest(path) for path in sorted(new.iterdir())}
+            how = {"format": FORMAT, "version": VERSION, "stored_by": _stored_by()}
+            facts = {**how, **facts, "files": files, "sha256": ""}
+            facts["sha256"] = digest_of_meta(facts)
+            (new / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+
+@contextmanager
+def _new_checkpoint(checkpoint: Path) -> Iterator[Path]:
+    if checkpoint.exists() and checkpoint not in checkpoints_in(checkpoint.parent):
+        raise UserError("it is there, and is another trainer's")
+    with written_whole(checkpoint, stale=("*",)) as new:
+        new.mkdir()
+        yield new
 
 
 def read_tensors(checkpoint: Path, tensors: dict) -> dict:
@@ -106,6 +131,8 @@ def read_tensors(checkpoint: Path, tensors: dict) -> dict:
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove it; one that is half removed does not have the name of one."""
+    if not processes.is_first():
+        return
     with tempfile.TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}.") as scratch:
         os.replace(checkpoint, Path(scratch) / checkpoint.name)
 

@@ -7,7 +7,6 @@ follow from the step, so that no data is gone through again. How it lies on the 
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 import uuid
@@ -15,18 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import List
 
-from common import UserError, after_interrupt, full_disk, reason_of
+from common import UserError, full_disk, processes, reason_of
 from common.checkpoint_files import (
     checkpoints_in,
     damage_of,
     facts_of,
+    has_room,
     read_tensors,
     remove_checkpoint,
     write_checkpoint,
 )
 from common.files import remove_scratch, weights_fingerprint
 from common.model_directory import RUN
-from common.state import State, other_options, other_run
+from common.state import State, after_full_memory, other_options, other_run, tell_what_follows
 from common.stopping import Lock, StopRequest
 
 MINUTES = 30  # of work, from one checkpoint to the next
@@ -41,18 +41,21 @@ class Checkpoints:
 
     def __init__(self, args):
         self.args, self.directory = args, Path(args.save_dir)
-        self.lock = Lock(self.directory)
-        remove_scratch(self.directory)
+        first = processes.is_first()  # it looks for all of them, which hear of it in `begin`
+        if first:
+            self.lock = Lock(self.directory)
+            remove_scratch(self.directory)
         self.model = weights_fingerprint(args.model_name_or_path)
         self.options = dict(vars(args))  # as given: bits may become those of the base
         self.run = uuid.uuid4().hex
         self.kept: List[Path] = []  # of this run, the newest first
-        self.others = checkpoints_in(self.directory)  # of an earlier one, until the first new one is whole
+        self.others = checkpoints_in(self.directory) if first else []  # of an earlier one, until the first is whole
         self.facts: dict = {}  # of the checkpoint from which the run goes on
         self.none, self.told, self.written = False, False, time.monotonic()
+        self.random = "random" if first else f"random_of_{processes.number()}"
         if not args.restart and self.others:
             self._go_on()
-        elif (self.directory / RUN).is_file():
+        elif first and (self.directory / RUN).is_file():
             print(f"{self.directory} holds a finished run: this one begins anew.", flush=True)
 
     @property
@@ -68,20 +71,30 @@ class Checkpoints:
         """
         self.network, self.optimizer, self.scaler, self.accelerator = model, optimizer, scaler, accelerator
         self.what = {"dataset": dataset, "dtype": str(accelerator.dtype), "steps": total_steps}
+        found = self.facts, self.run, self.kept, self.others
+        self.facts, self.run, self.kept, self.others = processes.from_first(found)
         tokens = self.args.micro_batch_tokens or accelerator.micro_batch_tokens
         state = State(micro_batch_tokens=tokens, gradient_checkpointing=bool(self.args.gradient_checkpointing))
         if self.facts:
             self._refuse(self.kept[0], other_run(self.facts, self.what, self.options))
             from common.optimizer import set_state
 
-            tensors = read_tensors(self.kept[0], self._tensors())
+            tensors = self._tensors()
+            if processes.number() >= self.facts.get("processes", 1):  # one that was not there then
+                del tensors[self.random]
+            tensors = read_tensors(self.kept[0], tensors)
             self._take_weights(tensors["weights"])
             set_state(self.optimizer, self.network, tensors["optimizer"])
-            accelerator.set_random_states(tensors["random"])
+            if self.random in tensors:
+                accelerator.set_random_states(tensors[self.random])
             self.scaler.load_state_dict(self.facts["scaler"])
             given = self.options["micro_batch_tokens"] != self.facts["options"]["micro_batch_tokens"]
             kept = {**self.before, "gradient_checkpointing": state.gradient_checkpointing}
             state = State(**{**kept, **({"micro_batch_tokens": tokens} if given else {})})
+        if processes.number() >= self.facts.get("processes", 1):  # each drops something else where it has dropout
+            processes.seed(self.args.seed + state.step)
+        fewer = after_full_memory(self.args, state.micro_batch_tokens)
+        state.micro_batch_tokens = processes.from_first(fewer)
         self._require_room()
         self.written = time.monotonic()
         return state
@@ -92,7 +105,7 @@ class Checkpoints:
         if not state.step or self.none or self._is_written(state):
             return False
         every = self.args.save_steps
-        waited = time.monotonic() - self.written >= 60 * MINUTES
+        waited = processes.any_of(time.monotonic() - self.written >= 60 * MINUTES)
         last = state.step == self.what["steps"] and bool(self.kept)
         return last or (state.step % every == 0 if every else waited)
 
@@ -101,13 +114,14 @@ class Checkpoints:
         by a full disk, the training goes on, and the one before stays: that is told once."""
         path = self.directory / f"checkpoint-{state.step}"
         facts = {"time": time.time(), "run": self.run, "model": self.model, "options": self.options, **self.what}
+        facts["processes"] = processes.count()
         facts.update(scaler=self.scaler.state_dict(), state={**asdict(state), "loss_sum": float(state.loss_sum)})
         try:
             write_checkpoint(path, self._tensors(), facts)
         except BaseException as error:  # torch's own CheckpointException is no Exception
             if stop.at_once:  # torch's writer took Ctrl-C for an error of the disk
                 raise KeyboardInterrupt from None
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            if isinstance(error, (KeyboardInterrupt, SystemExit)) or processes.lost_another(error):
                 raise
             if not self.told:
                 from tqdm import tqdm
@@ -125,7 +139,7 @@ class Checkpoints:
         for other in late + [other for other in self.others if other != path]:
             remove_checkpoint(other)
         self.kept, self.others = [other for other in self.kept if other not in late], []
-        _tell_what_follows(state.step, self.what["steps"])
+        tell_what_follows(state.step, self.what["steps"])
         return True
 
     def leave(self, state: State, stop: StopRequest) -> None:
@@ -144,7 +158,7 @@ class Checkpoints:
         if step == self.what["steps"]:  # it has them: they are the last ones
             return True
         path = self.directory / f"checkpoint-{step}"
-        damage = damage_of(path)
+        damage = processes.from_first(damage_of(path) if processes.is_first() else "")
         if damage:
             print(f"The best weights are lost, {path} {damage}: the last ones are saved.")
             return False
@@ -173,7 +187,7 @@ class Checkpoints:
             self.others = [other for other in self.others if other not in self.kept]
             step, steps = facts["state"]["step"], facts["steps"]
             print(f"Continuing from step {step} of {steps}: {path}", flush=True)
-            _tell_what_follows(step, steps)
+            tell_what_follows(step, steps)
             return
         raise UserError(f"{problem}, so that nothing can go on from it. To begin anew: --restart.")
 
@@ -188,17 +202,8 @@ class Checkpoints:
         numbers = sum(weight.numel() for weight in self._weights().values())
         size = numbers * (4 + (2 if "8bit" in type(self.optimizer).__name__ else 8))  # AdamW has two states a weight
         new = self.args.save_total_limit + 1 + self.args.keep_best - len(self.kept + self.others)
-        free = shutil.disk_usage(self.directory).free
-        if new * size <= free:
-            return
-        line = (
-            f"The disk of {self.directory} has no room for {new} checkpoints of {size / 1e9:.1f} GB: "
-            f"{(new * size - free) / 1e9:.1f} GB are missing."
-        )
-        if self.args.save_steps or self.args.keep_best:
-            raise UserError(f"{line} Free them, give another --save-dir, or leave out --save-steps and --keep-best.")
-        print(f"{line} This run writes none, so what it does is lost where it is cut.", flush=True)
-        self.none = True
+        asked = bool(self.args.save_steps or self.args.keep_best)
+        self.none = not has_room(self.directory, new, size, asked)
 
     def _is_written(self, state: State) -> bool:
         return bool(self.kept) and self.kept[0].name == f"checkpoint-{state.step}"
@@ -211,9 +216,4 @@ class Checkpoints:
         from common.optimizer import state_of
 
         optimizer = state_of(self.optimizer, self.network)
-        return {"weights": self._weights(), "optimizer": optimizer, "random": self.accelerator.random_states()}
-
-
-def _tell_what_follows(step: int, steps: int) -> None:
-    what = "to save the model" if step == steps else f"to go on from step {step}"
-    after_interrupt[:] = [f"Run the same command {what}."]
+        return {"weights": self._weights(), "optimizer": optimizer, self.random: self.accelerator.random_states()}

@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterable, List, Tuple
 
-from common import UserError
+from common import UserError, processes
 from common.dataset_check import damage_of, digest_of, digest_of_meta, label_counts
 from common.files import written_whole
 from common.tokenization import fingerprint
@@ -161,5 +161,12 @@ def load_dataset(path: str, tokenizer, block_size: int = sys.maxsize, hint: str 
         raise UserError(
             f"{path} has rows of up to {longest} tokens, more than --block-size {block_size}. "
             f"Train with --block-size {longest}, or prepare it again with --block-size {block_size}."
+        )
+    processes.require_same(document["sha256"], f"the dataset file {path}")
+    rows = len(document["train"]["lengths"])
+    if rows < processes.count():
+        raise UserError(
+            f"{path} has {rows} rows, fewer than the {processes.count()} processes, of which each takes one at least. "
+            "Start fewer, or prepare more rows."
         )
     return document

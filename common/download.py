@@ -18,28 +18,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from common import STOPPING, UserError, first_line
+from common.conversion import INDEX, is_converted, name_of_converted, to_safetensors
 from common.files import require_place, require_room
+from common.hub_files import choose_files
 from common.model_directory import check_weights
-
-# The weights as transformers finds them: the first kind that a repository has, and no other. So no twin in another
-# format is fetched (.pth, .h5, .msgpack, .onnx, .gguf, consolidated.safetensors) and no folder such as original/.
-WEIGHTS = (
-    r"model\.safetensors",
-    r"model[-_]\d+-of-\d+\.safetensors",
-    r"pytorch_model\.bin",  # Cerebras-GPT has only these
-    r"pytorch_model[-_]\d+-of-\d+\.bin",
-)
-# Beside the weights: config, tokenizer, chat template, code, licence, readme.
-SMALL_FILES = r"[^/]+\.(json|txt|model|jinja|py|md)|LICEN[CS]E|NOTICE"
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 AGAIN = "run the same command again (files that are complete are kept)"
 
 
-def download_model(repo_id, save_dir, token=None):
+def download_model(repo_id, save_dir, token=None, convert=False):
     """Download what transformers needs of the model `repo_id` ("owner/name") into the directory `save_dir`.
 
     token: an access token of the hub; without one the library looks for HF_TOKEN and for an earlier `hf auth login`.
+    convert: turn weights that come as .bin files into safetensors.
     Raises UserError where the hub, the token or the disk is in the way. Files that had come before that stay.
     """
     from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
@@ -56,12 +48,14 @@ def download_model(repo_id, save_dir, token=None):
         timeout = constants.HF_HUB_ETAG_TIMEOUT  # seconds; without one, an address that never answers would hang
         info = HfApi().model_info(repo_id, files_metadata=True, timeout=timeout, token=token)
         on_hub = {file.rfilename: file.size or 0 for file in info.siblings}  # name -> bytes
-        names = _choose(repo_id, on_hub)
+        names = choose_files(repo_id, on_hub)
         # Everyone may see the list of a gated model, but not its files: ask for one before anything is made on disk.
         get_hf_file_metadata(hf_hub_url(repo_id, names[-1], revision=info.sha), token=token, timeout=timeout)
 
+    done = {name_of_converted(name) for name in names if is_converted(target / name, on_hub[name])}
+    names = [name for name in names if name_of_converted(name) not in done]
     strangers = {path.name for path in target.glob("*") if path.suffix in (".safetensors", ".bin", ".model", ".json")}
-    strangers -= set(on_hub)
+    strangers -= {*on_hub, *done, *[INDEX] * bool(done)}
     if strangers:  # from_pretrained would mix the two, it takes a model.safetensors before the shards beside it
         raise UserError(
             f"{save_dir} holds {min(strangers)}, which is not of {repo_id} (of a --tiny stand-in or another model?): "
@@ -95,6 +89,8 @@ def download_model(repo_id, save_dir, token=None):
     # where the hub goes away in between, the library takes a directory as it is for the whole
     if missing := [name for name in missing if not _complete(target / name, on_hub[name])]:
         raise UserError(f"{target / missing[0]} has not come in full: {AGAIN}")
+    if convert:
+        to_safetensors(save_dir)
     check_weights(save_dir, hint="run the same command again")
     print(f"Model saved in {save_dir}", flush=True)
 
@@ -122,16 +118,6 @@ def ask_hub(timeout: float) -> dict:
     thread.start()
     thread.join(timeout)
     return dict(hub)
-
-
-def _choose(repo_id, on_hub):
-    """The names that `download_model` fetches, out of the repository's: the small files, and the weights once."""
-    weights = next(filter(None, ([n for n in on_hub if re.fullmatch(kind, n)] for kind in WEIGHTS)), None)
-    if not weights:
-        raise UserError(f"{repo_id} has no weights that transformers reads as they are: choose another model")
-    index = re.sub(r"[-_]\d+-of-\d+", "", weights[0]) + ".index.json"  # which tensor is in which shard
-    small = [n for n in on_hub if re.fullmatch(SMALL_FILES, n) and (n == index or not n.endswith(".index.json"))]
-    return small + weights
 
 
 def _complete(path, size):

@@ -7,7 +7,7 @@ from typing import Iterable, Optional
 
 import torch
 
-from common import UserError
+from common import UserError, processes
 
 
 class Finite:
@@ -45,7 +45,8 @@ class Finite:
 
 def require_finite_weights(weights: Iterable[torch.Tensor]) -> None:
     """UserError where the last step has made weights that are no numbers: no loss has told of them yet."""
-    if not all(bool(torch.isfinite(weight).all()) for weight in weights):
+    own = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)
+    if processes.any_of(not all(bool(torch.isfinite(weight).all()) for weight in own)):
         raise UserError(
             "The training broke: weights are no numbers any more. Take a smaller --lr, or more --warmup-steps."
         )

@@ -74,7 +74,7 @@ def base_of(model_dir: str) -> str:
 
 def adapter_facts(adapter_dir: str) -> dict:
     """What model.adapters wrote beside an adapter's weights, str -> str; of another tool's less, of none {}."""
-    return _header(Path(adapter_dir) / ADAPTER, {}).get("__metadata__", {})
+    return header_of(Path(adapter_dir) / ADAPTER, {}).get("__metadata__", {})
 
 
 def run_of(model_dir: str) -> dict:
@@ -126,7 +126,7 @@ def safetensors_files(model_dir: str) -> List[Path]:
 
 def stored_tensors(model_dir: str) -> Dict[str, dict]:
     """{name: {"dtype": "F32", "BF16", ..., "shape": [...]}} of a directory's safetensors files; of others {}."""
-    tensors = {name: entry for file in safetensors_files(model_dir) for name, entry in _header(file, {}).items()}
+    tensors = {name: entry for file in safetensors_files(model_dir) for name, entry in header_of(file, {}).items()}
     tensors.pop("__metadata__", None)
     return tensors
 
@@ -186,7 +186,7 @@ def _check_file(path: Path, tensors: set, hint: str) -> None:
         if not (zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"):
             raise damaged
         return
-    header = _header(path)
+    header = header_of(path)
     if header is None:
         raise damaged
     names = set(header) - {"__metadata__"}
@@ -194,7 +194,7 @@ def _check_file(path: Path, tensors: set, hint: str) -> None:
         raise UserError(f"{path} lacks the tensor {min(tensors - names)}: delete it and {hint}")
 
 
-def _header(path: Path, otherwise=None):
+def header_of(path: Path, otherwise=None):
     """The header of a safetensors file, {tensor: {"dtype", "shape", "data_offsets"}}; `otherwise` of a damaged one."""
     try:
         size = path.stat().st_size

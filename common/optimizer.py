@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import List
 
 import torch
 from torch import nn
@@ -39,6 +40,12 @@ def learning_rate(step: int, total_steps: int, lr: float, warmup_steps: int, sch
         return lr * step / warmup_steps
     done = (step - 1 - warmup_steps) / max(1, total_steps - warmup_steps)
     return lr * {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
+
+def clip_gradients(weights: List[torch.Tensor], max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to a norm of `max_norm`, 0: not at all; what their norm was, float32 []."""
+    norm = nn.utils.clip_grad_norm_(weights, max_norm or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of slices it is a sum over all processes
 
 
 def state_of(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from common import missing_package
 from common.files import flush, written_whole
+from common.processes import is_first
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,13 +27,15 @@ class TrainingLog:
     """Writes a training's log as it goes on: to the terminal, and to `training_log.jsonl` in `save_dir`.
 
     step, records: those of a training that goes on after a cut; what it wrote after its checkpoint is written again.
+    Of several processes the first one alone writes.
     """
 
     def __init__(self, save_dir: str, total_steps: int, step: int, records: List[dict]):
         self.directory = Path(save_dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.records, self.best_point = total_steps, records, None
-        self.file = open(self.directory / "training_log.jsonl", "w", encoding="utf-8")
+        self.writes = is_first()
+        self.file = open(self.directory / "training_log.jsonl" if self.writes else os.devnull, "w", encoding="utf-8")
         self.file.writelines(json.dumps(record) + "\n" for record in records)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
 
@@ -41,7 +45,8 @@ class TrainingLog:
     def __exit__(self, *_):
         self.bar.close()
         self.file.close()
-        flush(self.directory / "training_log.jsonl")
+        if self.writes:
+            flush(self.directory / "training_log.jsonl")
 
     def training_loss(self, step: int, loss: float, duration: float, tokens: int, lr: float) -> None:
         """What happened since the last line: the mean loss of a label token, seconds, tokens (padding not counted)."""
@@ -75,6 +80,8 @@ class TrainingLog:
 
     def draw(self) -> None:
         """Draw training_loss.png."""
+        if not self.writes:
+            return
         try:
             draw_losses(self.records, self.directory / "training_loss.png", self.best_point)
         except ModuleNotFoundError as error:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import List, Optional
+
+from common import UserError, after_interrupt, processes
 
 # options that change nothing of what is learned; two that are compared by what they name; two that make the steps
 FREE = {
@@ -29,6 +32,28 @@ class State:
     best_step: int = 0
     best_loss: Optional[float] = None  # of the held-out rows, where --keep-best asks for it
     records: List[dict] = field(default_factory=list)  # of training_log.jsonl
+
+
+FULL_MEMORY = ".full_memory"  # in the save directory
+
+
+def begin_again_with(tokens: int, args) -> None:
+    """UserError, where the memory of one of several processes was full: the next start takes micro-batches of so many
+    tokens at most, unless it is given another --micro-batch-tokens."""
+    Path(args.save_dir, FULL_MEMORY).write_text(f"{args.micro_batch_tokens} {tokens}", encoding="utf-8")
+    raise UserError(
+        f"the memory of process {processes.number()} of {processes.count()} is full. Run the same command again: it "
+        f"goes on with --micro-batch-tokens {tokens}."
+    )
+
+
+def after_full_memory(args, tokens: int) -> int:
+    """`tokens` of a micro-batch, or the fewer that an earlier start has noted."""
+    try:
+        given, fewer = map(int, Path(args.save_dir, FULL_MEMORY).read_text(encoding="utf-8").split())
+    except (OSError, ValueError):
+        return tokens
+    return min(tokens, fewer) if given == args.micro_batch_tokens and not args.restart else tokens
 
 
 def other_options(facts: dict, options: dict, model: str) -> List[str]:
@@ -63,3 +88,9 @@ def other_run(facts: dict, now: dict, options: dict) -> List[str]:
         elif now["steps"] <= done:
             differ.append(f"{steps}, and {done} are done")
     return differ
+
+
+def tell_what_follows(step: int, steps: int) -> None:
+    """Let whoever is interrupted from here on read from where the same command goes on."""
+    what = "to save the model" if step == steps else f"to go on from step {step}"
+    after_interrupt[:] = [f"Run the same command {what}."]

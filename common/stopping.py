@@ -13,7 +13,9 @@ import threading
 import time
 from pathlib import Path
 
-from common import STOPPING, UserError
+from common import STOPPING, UserError, processes
+
+heard: list = []  # signals by which this process was asked to stop
 
 
 class Stopped(Exception):
@@ -42,12 +44,15 @@ class StopRequest:
             os.kill(os.getpid(), self.number)
 
     def _hear(self, number, _) -> None:
+        heard.append(number)
         if self.number and number == signal.SIGINT:
             self.at_once = True
             raise KeyboardInterrupt
         self.number = self.number or number
 
     def check(self) -> None:
+        """Stopped where it has come: of several processes in all at once, where one of them has heard it."""
+        self.number = int(processes.largest([self.number])[0])
         if self.number:
             raise Stopped
 

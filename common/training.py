@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from typing import List, Optional
 
 import torch
-from torch import nn
 
-from common import UserError, is_out_of_memory, less_memory
+from common import UserError, is_out_of_memory, less_memory, losses, processes
 from common.accelerator import Accelerator
 from common.batching import Batches
 from common.checkpoints import Checkpoints
 from common.finite import Finite, require_finite_weights
-from common.optimizer import learning_rate
+from common.memory import memory_used
+from common.optimizer import clip_gradients, learning_rate
 from common.progress import Clock, TrainingLog, facts_of_run
-from common.state import State
+from common.state import State, begin_again_with
 from common.stopping import Stopped, StopRequest
 
 
@@ -53,7 +52,7 @@ def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, check
             checkpoints.leave(training.up_to_date(), training.stop)
     print(accelerator.memory())
     if plan:
-        print(plan.compared(accelerator.memory_used()[1]))
+        print(plan.compared(memory_used(accelerator.device)[1]))
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
     return facts_of_run(options, dataset["meta"], accelerator.name)
@@ -70,6 +69,7 @@ class Training:
         self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
         self.args, self.accelerator = args, accelerator
         shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt
+        shape += processes.number(), processes.count()
         self.batches = Batches(dataset["train"], args.batch_size, *shape)
         self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)
         self.held_out_rows = list(range(min(args.eval_rows, len(self.held_out.lengths))))
@@ -98,7 +98,7 @@ class Training:
             self.drop_step()
             loss_sum = self.gradients(rows, label_tokens)
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, args.max_grad_norm or math.inf)
+        norm = clip_gradients(self.trained, args.max_grad_norm)
         may_skip = state.skipped < args.skip_nonfinite
         problem = self.finite.look(number, loss_sum / label_tokens, norm, at_once=may_skip)
         if problem:
@@ -125,11 +125,13 @@ class Training:
         total = torch.zeros((), device=self.accelerator.device)
         try:
             for micro_batch in self.batches.of(rows):
-                loss = forward(self.model, micro_batch, self.accelerator)
-                self.scaler.scale(loss / label_tokens).backward()
+                loss = losses.forward(self.model, micro_batch, self.accelerator)
+                # of several processes the mean gradient is taken, and theirs are parts of one sum
+                self.scaler.scale(loss * processes.count() / label_tokens).backward()
                 total += loss.detach()
                 self.stop.check()
-            return total
+            processes.average_gradients(self.trained)
+            return processes.total(total)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -137,6 +139,8 @@ class Training:
                 less_memory[:] = [option for option in less_memory if option != "--micro-batch-tokens"]
                 raise
         tokens = self.state.micro_batch_tokens = self.held_out.micro_batch_tokens = self.batches.micro_batch_tokens
+        if processes.count() > 1:  # the others wait where this one has left them
+            begin_again_with(tokens, self.args)
         self.log.say(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
         return None
 
@@ -146,7 +150,9 @@ class Training:
         held_out = None
         if self.held_out_rows and (step == 0 or last or (args.eval_step and step % args.eval_step == 0)):
             with self.clock.paused():
-                total = total_loss(self.model, self.held_out, self.held_out_rows, self.accelerator, self.stop.check)
+                total = losses.total_loss(
+                    self.model, self.held_out, self.held_out_rows, self.accelerator, self.stop.check
+                )
                 held_out = total / int(self.held_out.label_counts[self.held_out_rows].sum())
         # from here to the end nothing stops it: what has been told is not told again
         if state.label_tokens and (step % args.log_interval == 0 or last):
@@ -197,27 +203,3 @@ class Training:
             f"{problem}. Take a smaller --lr, or more --warmup-steps{anew}. Where one strange row breaks a step, "
             "--skip-nonfinite 1 leaves it out."
         )
-
-
-@torch.no_grad()
-def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
-    """The loss over all label tokens of these rows, without dropout and gradients. `after_each` micro-batch something
-    is called; where it raises, the model is as before."""
-    was_training = model.training
-    model.eval()
-    total = 0.0
-    try:
-        for start in range(0, len(rows), batches.batch_size):
-            for micro_batch in batches.of(rows[start : start + batches.batch_size]):
-                total += forward(model, micro_batch, accelerator).item()
-                after_each()
-    finally:
-        model.train(was_training)
-    return total
-
-
-def forward(model: nn.Module, micro_batch, accelerator: Accelerator) -> torch.Tensor:
-    """The sum of the loss over the label tokens of a micro-batch, float32 []."""
-    on_device = [None if tensor is None else tensor.to(accelerator.device) for tensor in micro_batch]
-    with accelerator.autocast():
-        return model(*on_device)

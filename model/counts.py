@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from common import UserError, reason_of
 from common.model_directory import raw_config
-from model.loading import DTYPE
 from model.loss import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ELSEWHERE
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
+from model.reading import DTYPE
 from model.stored import bytes_of
 
 

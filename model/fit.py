@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from typing import Iterator, Optional
 
-from common import UserError
-from common.accelerator import Accelerator, total_memory
+from common import UserError, processes
+from common.accelerator import Accelerator
+from common.memory import total_memory
 from model.counts import Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
@@ -28,7 +29,8 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
     if accelerator.static_shapes or not can_count():
         args.gradient_checkpointing = bool(args.gradient_checkpointing)
         return None
-    memory, config = total_memory(accelerator.device), config_of(args.model_name_or_path)
+    memory, config = memory_of(accelerator), config_of(args.model_name_or_path)
+    before = processes.from_first(before)  # which alone has looked for checkpoints
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing
     if checkpointing is None:
@@ -40,6 +42,7 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
         length=args.block_size,
         dtype=accelerator.dtype,
         device=accelerator.device.type,
+        processes=processes.count(),
         lora=(args.lora_r, args.lora_dropout, tuple(args.lora_target_modules)),
     )
     planned = best(config, ways(way, tokens == 0, checkpointing is None), memory)
@@ -58,6 +61,12 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
             f"{_what_fits(config, planned.way, memory)}"
         )
     return planned
+
+
+def memory_of(accelerator: Accelerator) -> float:
+    """Bytes that a process has for itself: of the smallest device, or its part of the main memory."""
+    memory = total_memory(accelerator.device)
+    return -processes.largest([-memory if accelerator.device.type == "cuda" else -memory / processes.on_machine()])[0]
 
 
 def ways(way: Way, tokens: bool = True, checkpointing: bool = True) -> Iterator[Way]:
@@ -87,10 +96,7 @@ def _what_fits(config, way: Way, memory: float) -> str:
     for method in others:
         if best(config, ways(way._replace(method=method)), memory).peak <= MOST * memory:
             return f"What fits: python {words}{OPTIONS[method]}"
-    for processes in (2, 4, 8, 16):
-        if (
-            way.method not in BITS
-            and best(config, ways(way._replace(processes=processes)), memory).peak <= MOST * memory
-        ):
-            return f"What fits: {processes} such devices, torchrun --nproc-per-node {processes} {' '.join(sys.argv)}"
+    for devices in (2, 4, 8, 16):
+        if way.method not in BITS and best(config, ways(way._replace(processes=devices)), memory).peak <= MOST * memory:
+            return f"What fits: {devices} such devices, torchrun --nproc-per-node {devices} {' '.join(sys.argv)}"
     return "Take a larger device, or a smaller model."

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from common import UserError
 from common.batching import Batches
-from common.training import total_loss
+from common.losses import total_loss
 from model.loss import CausalLMLoss, require_causal
 
 

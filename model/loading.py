@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import json
-import re
 import time
 from inspect import signature
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Optional
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers import __version__ as transformers_version
-from transformers.utils import logging
+from transformers import GenerationConfig
 
-from common import UserError, after_interrupt, cause_of, full_disk, is_out_of_memory, reason_of, without_secrets
-from common.accelerator import room_for
+from common import UserError, after_interrupt, full_disk, processes, without_secrets
 from common.checkpoint_files import checkpoints_in
-from common.files import require_room, written_whole
+from common.files import require_room, weights_fingerprint, written_whole
+from common.memory import room_for
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
+from common.state import FULL_MEMORY
 from model.adapters import add_lora, load_adapter, save_adapter
-from model.loss import CausalLMLoss, require_causal
+from model.loss import CausalLMLoss
 from model.on_paper import enable_checkpointing
-from model.quantization import keep_trainable, quantization, require_bitsandbytes, tell_what_is_not_in_bits
+from model.quantization import keep_trainable, tell_what_is_not_in_bits
+from model.reading import DTYPE, from_files
 from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
-from model.stored import Stored, bits_to_use, bytes_of, forget_quantization, how_stored, move
+from model.stored import bits_to_use, bytes_of, forget_quantization, how_stored, move
+from model.writing import write_gathered
 
-# transformers renamed the argument in 4.56
-DTYPE = "dtype" if tuple(map(int, transformers_version.split(".")[:2])) >= (4, 56) else "torch_dtype"
-# computed again whenever a model is made; old releases stored them all the same
-COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|\.attention\.(masked_)?bias$|position_ids$")
 # what an earlier model may have left in a directory, and would be loaded with the new files
 OF_A_MODEL = (
     "*config.json", "model*.safetensors*", "adapter_model.*", "pytorch_model*", "tokenizer*", "special_tokens_map.json",
@@ -52,24 +48,35 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
             f"{directory} is an adapter, not a model. Train on its base again, or make one model of the two first: "
             f"python tutorial/merge_adapter.py --model-name-or-path {directory}"
         )
-    stored = how_stored(directory)
+    processes.require_same(weights_fingerprint(directory), f"the model {directory}")
+    stored, device = how_stored(directory), accelerator.device
     if args.use_lora:
         args.bits = bits_to_use(stored, args.bits or None, directory)
-        base = load_model(directory, accelerator.device, accelerator.dtype, args.bits)
-        model = add_lora(base, directory, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
-        saved = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-        require_room(saved, args.save_dir, "The adapter")
     else:
         in_16_bit = 16 // min(16, stored.bits)  # how many times as large as the base's files
         require_room(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
-        base = model = load_model(directory, accelerator.device, bits=0)
+    dtype = accelerator.dtype if args.use_lora else torch.float32
+    if processes.count() > 1 and not args.bits:
+        from model.sharding import load_in_shards  # not there before torch 2.6
+
+        module = load_in_shards(directory, stored, dtype, accelerator)
+    else:
+        base = load_model(directory, device, dtype, args.bits)
+        module = CausalLMLoss(base, static_shapes=accelerator.static_shapes)
+    base = module.model
+    if args.use_lora:
+        lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        module.model = add_lora(base, directory, *lora)
+        adapter = [weight for weight in module.parameters() if weight.requires_grad]
+        require_room(sum(weight.numel() * weight.element_size() for weight in adapter), args.save_dir, "The adapter")
+        processes.same_from_first(adapter)
     if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
-        require_causal(base, directory)
+        module.require_causal(directory)
     if args.gradient_checkpointing:
         if not base.supports_gradient_checkpointing:
             raise UserError(f"--gradient-checkpointing: {base.config.model_type} has none. Leave the option out.")
         enable_checkpointing(base)
-    return CausalLMLoss(model, static_shapes=accelerator.static_shapes)
+    return module
 
 
 def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None):
@@ -93,7 +100,7 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
     with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device):
-        model = _from_files(base, stored, device, dtype, bits)
+        model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
         if stored.method and not bits:
@@ -111,57 +118,6 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
         return model if base == model_dir else load_adapter(model, model_dir)
 
 
-def _from_files(base: str, stored: Stored, device: torch.device, dtype: Optional[torch.dtype], bits: int) -> nn.Module:
-    """What transformers makes of the directory; UserError where that is not all, or not only, of what it holds."""
-    # in float32 from the start also where that is asked for: some models round factors that they compute themselves
-    whole = stored.mixed or (dtype == torch.float32 and not stored.method)
-    options = {DTYPE: torch.float32 if whole else dtype if bits and not stored.method else "auto"}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of missing and unexpected names it prints a table; here they are one line
-    try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        if stored.method == "bitsandbytes":
-            require_bitsandbytes(f"{base}, which is stored in {stored.bits} bit,", device)
-            options["device_map"] = device
-            if dtype and stored.bits == 4:
-                config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).replace("torch.", "")
-        elif stored.method:
-            config.quantization_config["dequantize"] = True
-        if bits and not options.get("device_map"):
-            options.update(quantization(bits, device, dtype))
-        model, info = AutoModelForCausalLM.from_pretrained(
-            base, config=config, output_loading_info=True, trust_remote_code=False, **options
-        )
-    except Exception as error:  # each way in which files can be wrong has a type of its own
-        if is_out_of_memory(error) or isinstance(error, UserError):
-            raise
-        cause = cause_of(error) or f"{reason_of(error)}. Download it again."
-        raise UserError(f"The model {base} can't be loaded: {cause}") from None
-    finally:
-        logging.set_verbosity(verbosity)
-    strange = [name for name in info["unexpected_keys"] if not COMPUTED.search(name)]
-    if strange or info["missing_keys"]:
-        raise UserError(f"The weights of {base} {_mismatch(model, strange, info['missing_keys'])}")
-    return model
-
-
-def _mismatch(model: nn.Module, strange: Iterable[str], lacking: Iterable[str]) -> str:
-    """What is wrong with the names of the weights in the files, and what helps."""
-    for prefix, maker, inside in (("_orig_mod.", "torch.compile", "_orig_mod"), ("module.", "DataParallel", "module")):
-        # transformers 4 puts the model's own name before it
-        if strange and all(name.startswith((prefix, f"model.{prefix}")) for name in strange):
-            return (
-                f"have names that begin with {prefix}: they were saved from within {maker}. Save model.{inside} in "
-                "place of model, or take the prefix away."
-            )
-    what = f"hold what {type(model).__name__} has no place for," if strange else "lack"
-    names = sorted(strange or lacking)
-    return (
-        f"{what} {', '.join(names[:3])} ({len(names)} in all). config.json and weights are of two models, or of one "
-        "that does more than text. Download both again, or take one of text alone."
-    )
-
-
 def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: Optional[dict] = None) -> None:
     """Save model (with or without its loss) and tokenizer, as `AutoModelForCausalLM.from_pretrained(save_dir)` loads
     them, in every transformers from 4.40 on. `model` stays as it is: copies are cast.
@@ -174,9 +130,9 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
     # a run that is finished needs its checkpoints no more: they go in the step in which the model comes
-    checkpoints = [path.name for path in checkpoints_in(save_dir)] if run else []
+    checkpoints = [path.name for path in checkpoints_in(save_dir)] + [FULL_MEMORY] if run else []
     try:
-        with written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints)) as new:
+        with processes.by_first(lambda: written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints))) as new:
             _write(network, tokenizer, new, base, run)
     except Exception as error:  # safetensors has a type of its own for a disk that is full
         if not full_disk(error):
@@ -189,10 +145,13 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
 
 def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[dict]) -> None:
-    if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
-        save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
-    else:
+    adapter = hasattr(network, "get_base_model")  # not `peft_config`: in peft 0.17 a merged model keeps it
+    if not adapter:
         _save_weights(network, tokenizer, new, base)
+    if not processes.is_first():
+        return
+    if adapter:
+        save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
     save_tokenizer(tokenizer, new)
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -205,10 +164,15 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
 
 def _save_weights(model, tokenizer, directory: Path, base: str) -> None:
     stored = how_stored(base) if base else None
-    weights = weights_to_save(model, stored)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
+    if processes.count() > 1:
+        write_gathered(model, directory, stored)
+        if processes.is_first():
+            complete_config(directory, base, stored.most if stored else None)
+        return
+    weights = weights_to_save(model, stored)
     dtype = getattr(model.config, DTYPE)
     options = {"state_dict": dict(weights), "safe_serialization": True}
     if "save_original_format" in signature(model.save_pretrained).parameters:

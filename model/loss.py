@@ -59,6 +59,10 @@ class CausalLMLoss(nn.Module):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen], chunk_of(hidden.device))
 
+    def require_causal(self, model_dir: str) -> None:
+        """UserError where a position of the model sees later tokens."""
+        require_causal(self.network, model_dir)
+
 
 def chunk_of(device: torch.device) -> int:
     """Elements of the logits that exist at once on this device."""
@@ -79,7 +83,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
+        # in float32 where several processes have gathered a weight in 16 bit: it is a sum over the chunks
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
         dtype = F.linear(hidden[:1], weight[:1]).dtype

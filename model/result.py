@@ -51,14 +51,6 @@ def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Mod
     """UserError unless the files in `directory` hold `weights`, by their headers, and one tensor in a hundred by value;
     as many numbers as the model has, and each in the type of the base's."""
     saved = stored_tensors(str(directory))
-
-    def require(right: bool, what: str) -> None:
-        if not right:
-            raise UserError(
-                f"What was written is not the trained model: {what}. Nothing was replaced. Please report this, with "
-                "the versions of torch, transformers and safetensors."
-            )
-
     places = {_place(weight) for name, weight in weights.items() if name in saved}
     lost = [name for name, weight in weights.items() if _place(weight) not in places]
     require(not lost, f"{lost[:1]} is missing")
@@ -76,6 +68,15 @@ def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Mod
         with safe_open(str(file), "pt") as opened:
             for name in some.intersection(opened.keys()):
                 require(torch.equal(opened.get_tensor(name), weights[name]), f"{name} has other values")
+
+
+def require(right: bool, what: str) -> None:
+    """UserError, with `what` is wrong, unless what was written is `right`."""
+    if not right:
+        raise UserError(
+            f"What was written is not the trained model: {what}. Nothing was replaced. Please report this, with the "
+            "versions of torch, transformers and safetensors."
+        )
 
 
 def save_tokenizer(tokenizer, directory: Path) -> None:

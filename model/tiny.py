@@ -67,7 +67,7 @@ def download_or_stand_in(args, kind: str) -> None:
         write_tiny(kind, args.save_dir)
         print(f"Stand-in model saved in {args.save_dir}")
     else:
-        download_model(args.model_name, args.save_dir, args.token)
+        download_model(args.model_name, args.save_dir, args.token, convert=kind == "gpt")
 
 
 def write_tiny(kind: str, save_dir, seed: int = 0) -> None:

@@ -58,7 +58,7 @@ PHASES = {
     "in-a-micro-batch-of-the-second-epoch": ("-torch:Tensor.backward 4.2", 2, [2]),
     "before-the-optimizer's-step": ("+common.finite:Finite.look 5.1", 4, [4]),
     "after-the-optimizer's-step": ("-common.accelerator:Accelerator.random_states 5.1", 4, [4]),
-    "in-the-held-out-loss": ("-common.training:forward 6.5", 4, [4]),
+    "in-the-held-out-loss": ("-common.losses:forward 6.5", 4, [4]),
     "between-the-log-lines": ("-common.progress:TrainingLog.held_out_loss 6.1", 4, [4]),
     "between-a-checkpoint's-parts": ("open:checkpoint.json 4.1", 2, [2]),
     "before-the-rename": ("os.rename:checkpoint-4 4.1", 2, [2]),
@@ -196,7 +196,7 @@ def stopped(done, number, step):
 STOPS = {
     "in-a-micro-batch": ("-torch:Tensor.backward 6.2", 5),
     "after-the-optimizer's-step": ("-common.accelerator:Accelerator.random_states 5.1", 5),
-    "in-the-held-out-loss": ("-common.training:forward 4.5", 4),
+    "in-the-held-out-loss": ("-common.losses:forward 4.5", 4),
 }
 
 
@@ -231,7 +231,7 @@ def test_stopped_while_a_checkpoint_is_written(number, small, warm, never_cut):
 
 def test_stopped_before_the_first_step(small, warm):
     """In the held-out loss of the untrained model."""
-    done = train(warm, small, FULL, cut="15 -common.training:forward 2")
+    done = train(warm, small, FULL, cut="15 -common.losses:forward 2")
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == "Stopped, and nothing is kept. Run the same command to start again."
     assert not checkpoints(small) and not scratch(small)
@@ -239,9 +239,9 @@ def test_stopped_before_the_first_step(small, warm):
 
 def test_stopped_again_before_the_next_step(small, warm, never_cut):
     """A run that has just gone on, in the held-out loss that the first one had dropped: nothing is written twice."""
-    stopped(train(warm, small, KINDS["full"], cut="15 -common.training:forward 4.5"), signal.SIGTERM, 4)
+    stopped(train(warm, small, KINDS["full"], cut="15 -common.losses:forward 4.5"), signal.SIGTERM, 4)
     before = contents(small / SAVED / "checkpoint-4")
-    again = train(warm, small, KINDS["full"], cut="15 -common.training:forward 1")
+    again = train(warm, small, KINDS["full"], cut="15 -common.losses:forward 1")
     stopped(again, signal.SIGTERM, 4)
     assert went_on(again) == 4 and contents(small / SAVED / "checkpoint-4") == before
     train(warm, small, KINDS["full"])

@@ -187,7 +187,7 @@ def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(bui
 
 def test_an_evaluation_makes_no_gradients(build, monkeypatch):
     made, zeros_like = [], torch.zeros_like
-    monkeypatch.setattr(loss_file.torch, "zeros_like", lambda tensor: made.append(tensor) or zeros_like(tensor))
+    monkeypatch.setattr(loss_file.torch, "zeros_like", lambda *a, **of: made.append(a) or zeros_like(*a, **of))
     module = CausalLMLoss(build("llama3"))
     (batch,) = micro_batches(a_split(), list(range(12)), 10_000)
     with torch.no_grad():

@@ -73,8 +73,8 @@ def look(accelerator, args) -> dict:
     import torch
     from tqdm import tqdm
 
-    from common.accelerator import devices
     from common.download import ask_hub
+    from common.memory import devices
     from model.tutorials import TUTORIALS, Machine, own_model, way_to_run
 
     seen, disk_free = devices(accelerator), shutil.disk_usage(".").free

@@ -80,6 +80,7 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
     from common.accelerator import start_accelerator
     from common.arguments import train_arguments
     from common.checkpoints import Checkpoints
+    from common.memory import memory_used
     from common.optimizer import make_optimizer
     from common.training import train
     from model.counts import Way, config_of
@@ -93,7 +94,7 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
         names = {"model_name_or_path": model_dir, "dataset_name_or_path": "", "save_dir": place, "log_interval": 1}
         args = train_arguments("", lr=1e-5, batch_size=rows, block_size=TOKENS, **names)
         accelerator = start_accelerator(0, True)
-        idle = accelerator.memory_used()[0]
+        idle = memory_used(accelerator.device)[0]
         way = Way(method, checkpointing, TOKENS, TOKENS, accelerator.dtype, accelerator.device.type)
         planned = plan(config_of(model_dir), way)
         model = load_to_train(args, accelerator)
@@ -109,7 +110,7 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
         }
         dataset = {"train": split, "validation": split, "meta": {}, "sha256": ""}
         train(model, optimizer, dataset, args, accelerator, Checkpoints(args))
-        measured = accelerator.memory_used()[1] - idle
+        measured = memory_used(accelerator.device)[1] - idle
         parts = [part / 1e9 for part in planned[3:9]]
         print(json.dumps({"predicted": (planned.peak - planned.program) / 1e9, "measured": measured / 1e9,
                           "state": (planned.state - planned.program) / 1e9, "parts": parts}))  # fmt: skip

@@ -1,0 +1,37 @@
+"""The loss of micro-batches, and of rows that are held out."""
+
+from __future__ import annotations
+
+from typing import List
+
+import torch
+from torch import nn
+
+from common import processes
+from common.accelerator import Accelerator
+from common.batching import Batches
+
+
+@torch.no_grad()
+def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
+    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients. `after_each`
+    micro-batch something is called; where it raises, the model is as before. Of several processes each takes its share
+    of the rows, and all get the sum."""
+    was_training = model.training
+    model.eval()
+    total = 0.0
+    try:
+        for start in range(0, len(rows), batches.batch_size):
+            for micro_batch in batches.of(rows[start : start + batches.batch_size]):
+                total += forward(model, micro_batch, accelerator).item()
+                after_each()
+    finally:
+        model.train(was_training)
+    return processes.total(torch.tensor(total, dtype=torch.float64)).item()
+
+
+def forward(model: nn.Module, micro_batch, accelerator: Accelerator) -> torch.Tensor:
+    """The sum of the loss over the label tokens of a micro-batch, float32 []."""
+    on_device = [None if tensor is None else tensor.to(accelerator.device) for tensor in micro_batch]
+    with accelerator.autocast():
+        return model(*on_device)

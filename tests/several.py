@@ -1,0 +1,95 @@
+"""Trainings one after another in the same processes, and what each process has seen of them.
+
+    python tests/several.py cases.json
+    torchrun --standalone --nproc-per-node 2 tests/several.py cases.json
+
+cases.json: [{"name", "words": a train script and its options, "cut": the step in which the training is cut, "file":
+bytes of a file of weights at most}, ...]. Each process N writes into the directory NAME: seen-N.json, the rows that it
+has trained on in each step, how many micro-batches it ran, the error that ended it; loaded-N.pt, all that was loaded;
+and weights-N.pt, what was trained. Products are in float32, so that a sum in another order is all that may differ.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import model.loading
+import model.writing
+from common import UserError, accelerator, processes
+from common.batching import Batches
+from common.one_voice import speak_once
+from common.training import Training
+
+accelerator._cpu_has_bf16 = lambda: False
+case: dict = {}
+seen: dict = {}
+rows_of_now: list = []
+
+
+def of(self, rows, real=Batches.of):
+    rows_of_now.clear()
+    found = real(self, rows)
+    if self is case.get("training"):
+        seen["rows"].append(sorted(rows_of_now))
+        seen["micro_batches"].append(len(found))
+    return found
+
+
+def padded(self, rows, *size, real=Batches._padded):
+    rows_of_now.extend(rows)
+    return real(self, rows, *size)
+
+
+def gradients(self, *args, real=Training.gradients):
+    if self.state.step + 1 == case.get("cut"):
+        raise UserError("cut")
+    case["training"] = self.batches
+    try:
+        return real(self, *args)
+    finally:
+        del case["training"]
+
+
+def write_whole(tensors, name):
+    whole = {key: tensor.detach() for key, tensor in tensors}
+    whole = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in whole.items()}
+    torch.save({key: tensor.clone() for key, tensor in whole.items()}, f"{case['name']}/{name}-{processes.number()}.pt")
+
+
+def load(*args, real=model.loading.load_to_train):
+    torch.rand(processes.number())  # the others stand elsewhere in their random numbers: a new adapter must not differ
+    module = real(*args)
+    write_whole((*module.named_parameters(), *module.named_buffers()), "loaded")
+    return module
+
+
+def save(module, *args, real=model.loading.save_model, **options):
+    write_whole(((name, weight) for name, weight in module.named_parameters() if weight.requires_grad), "weights")
+    real(module, *args, **options)
+
+
+Batches.of, Batches._padded, Training.gradients = of, padded, gradients
+model.loading.load_to_train, model.loading.save_model = load, save
+if __name__ == "__main__":
+    speak_once()
+    for one in json.loads(Path(sys.argv[1]).read_text()):
+        case.clear()
+        case.update(one)
+        seen.update(rows=[], micro_batches=[], error="")
+        model.writing.FILE = one.get("file", 10**9)
+        Path(one["name"]).mkdir(exist_ok=True)
+        script, *words = one["words"].split()
+        sys.argv = [str(ROOT / script), *words, "--save-dir", f"{one['name']}/saved"]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except UserError as error:
+            seen["error"] = str(error)
+        Path(one["name"], f"seen-{processes.number()}.json").write_text(json.dumps(seen))
