@@ -123,6 +123,7 @@ class Shell:
         self.installed: Set[str] = set()  # packages that pip was told to install
         self.sources: List[str] = []  # of the scripts that ran
         self.page_imports = ""
+        self.port = free_port()  # torchrun's: other pages are followed at the same time
         self.cut_after = 0  # the step of a training at which Ctrl-C is pressed
         shell = self
 
@@ -155,7 +156,7 @@ class Shell:
             PIP_DISABLE_PIP_VERSION_CHECK="1",
             CUDA_VISIBLE_DEVICES="",  # the laptop of the pages has no GPU
             HIP_VISIBLE_DEVICES="",
-            PET_MASTER_PORT=str(free_port()),  # torchrun's, where other pages are followed at the same time
+            PET_MASTER_PORT=str(self.port),
             PATH=f"{self.bin}{os.pathsep}{self.others}",
         )
         self.environment.pop("VIRTUAL_ENV", None)
@@ -322,11 +323,12 @@ class Shell:
             self.sources.append(source)
 
     def torchrun(self, words: List[str], cwd: Path) -> List[str]:
-        """The words of a torchrun that starts two processes at most."""
+        """The words of a torchrun that starts two processes at most, and meets at a port of this page's own."""
         at = next((place for place, word in enumerate(words) if word.endswith(".py")), len(words))
         if at < len(words):
             self.require_packages(cwd / words[at], words[at + 1 :], cwd)
-        own = re.sub(r"(--nproc-per-node[ =])(?:[3-9]|\d\d+)\b", r"\g<1>2", " ".join(words[:at]))
+        own = re.sub(r"(?<=localhost:)\d+", str(self.port), " ".join(words[:at]))
+        own = re.sub(r"(--nproc-per-node[ =])(?:[3-9]|\d\d+)\b", r"\g<1>2", own)
         return [*own.split(), *words[at:]]
 
     def tool(self, name: str, words: List[str]) -> dict:
