@@ -55,7 +55,11 @@ def count(config, way: Way) -> Counts:
     build it. Layers that are alike add the same each, so that two short models tell of any length."""
     if not can_count() or (way.method != "full" and not _has_peft()):
         return _by_rule(config, way)
-    key = _key(config)
+    with torch.random.fork_rng(devices=[]):  # what a layer on paper begins with is none of the training's numbers
+        return _counted(_key(config), way)
+
+
+def _counted(key: str, way: Way) -> Counts:
     # what is quantized, and how many processes there are, changes nothing of what is counted
     way = way._replace(method="full" if way.method == "full" else "lora", processes=min(way.processes, 2))
     layers, alike, _ = _build(key)
@@ -82,7 +86,8 @@ def config_of(model_dir: str):
 
 def can_checkpoint(config) -> bool:
     """Whether transformers has gradient checkpointing for the model."""
-    return _build(_key(config)).checkpointing
+    with torch.random.fork_rng(devices=[]):
+        return _build(_key(config)).checkpointing
 
 
 def can_count() -> bool:

@@ -15,7 +15,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from common import UserError, progress, training
+from common import UserError, progress
 from common.accelerator import Accelerator, start_accelerator
 from common.batching import Batches
 from common.checkpoints import Checkpoints
