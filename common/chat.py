@@ -51,16 +51,20 @@ class Chat:
                 "rows of a question and an answer in place of conversations."
             )
         self.tokenizer, self.name = tokenizer, tokenizer.name_or_path
+        self.no_end = (
+            f"chat template of {self.name} ends no answer with a token that its tokenizer knows, so a model could "
+            "never learn to stop. Take template and tokenizer of one chat model."
+        )
         added = sorted(tokenizer.backend_tokenizer.get_added_tokens_decoder().items())
         specials = [(number, token) for number, token in added if token.special and token.content]
         self.texts = [token.content for _, token in specials]
         self.ids = [number for number, _ in specials]
         secret = secrets.token_hex(8)  # drawn anew, so that no data can hold it
-        self.mark, self.hidden = f"<{secret} %d>", f"<{secret} text %d>"
+        self.mark, self.hidden = f"<{secret} %d>", f"x{secret}t%dx"  # letters alone: filters of templates leave them
         self.places = {text: place for place, text in enumerate(self.texts)}
         longest_first = sorted(map(re.escape, self.texts), key=len, reverse=True)
         self.special = re.compile("|".join(longest_first) or r"(?!)")
-        self.found_hidden = re.compile(f"<{secret} text (\\d+)>")
+        self.found_hidden = re.compile(rf"x{secret}t(\d+)x", re.IGNORECASE)
         self.beneath = deepcopy(tokenizer.backend_tokenizer)
         self.beneath.no_truncation()
         self.beneath.no_padding()
@@ -158,7 +162,7 @@ class Chat:
         """The id of the token by which the template ends an answer. UserError where it has none."""
         ends = self.last_turn([QUESTION, {"role": "assistant", "content": "b"}]).ends
         if not ends:
-            raise UserError(f"The chat template of {self.name} ends an answer with no token of its tokenizer.")
+            raise UserError(f"The {self.no_end}")
         return ends[0]
 
     def _begin(self) -> str:
@@ -185,10 +189,3 @@ class Chat:
 def chat_of(tokenizer) -> Chat:
     """The one `Chat` of a tokenizer in this process."""
     return Chat(tokenizer)
-
-
-def ends_of(tokenizer, template: Optional[str]) -> List[int]:
-    """The ids at which a model stops that learned from prompts of that template: the tokenizer's own end token, behind
-    the one that ends a turn of its chat template, where it learned from conversations."""
-    ends = [chat_of(tokenizer).end_of_turn()] if template == "chat" else []
-    return list(dict.fromkeys([*ends, tokenizer.eos_token_id]))

@@ -43,10 +43,7 @@ def encode_conversations(
             if len(ids) > block_size:
                 ids, mask = _cut(chat, messages, tools, alone, block_size, counts)
             if not {*turns.ends}.intersection(compress(ids, mask)):
-                raise UserError(
-                    f"the chat template of {chat.name} ends no answer of it with a token that the tokenizer knows, so "
-                    "a model could never learn to stop. Take template and tokenizer of one chat model."
-                )
+                raise UserError(f"in this conversation the {chat.no_end}")
         except UserError as error:
             raise _at(row, error) from None
         encoded.append((ids, mask))

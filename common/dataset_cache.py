@@ -7,7 +7,8 @@
 
 Row i is `input_ids[offsets[i]:offsets[i + 1]]`; `loss_mask` is true where its tokens carry a loss: one answer, or
 several. `lengths` and `label_counts` (tokens that carry a loss and are predicted: not a row's first) stand beside it,
-so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all.
+so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all. Of
+conversations `meta` has `end_of_turn` too: the id by which their template ends an answer, not always the tokenizer's.
 There are only plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens
 without this repository, with `weights_only=True` as well.
 """
@@ -51,6 +52,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
 
         chat = chat_of(tokenizer)
     encoder = Encoder(template, tokenizer, args.block_size, args.columns, chat)
+    # asked for now, and not when a model is saved that was trained for hours
+    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {}
     if args.show:
         show_rows(splits["train"], args.show, encoder)
     meta = {
@@ -59,6 +62,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
         "dataset": source,
         "template": "chat" if chat else template.__name__,
         "block_size": args.block_size,
+        **of_chat,
         "counts": {},
         "sha256": {},
     }
@@ -126,6 +130,12 @@ def _split(lengths: array, ids_file: Path, mask_file: Path) -> dict:
         mask = torch.from_file(str(mask_file), shared=False, size=size, dtype=torch.bool)
     split = {"input_ids": input_ids, "loss_mask": mask, "offsets": offsets, "lengths": lengths}
     return {**split, "label_counts": label_counts(split)}
+
+
+def ends_of(meta: dict, tokenizer) -> List[int]:
+    """The ids of the tokens at which an answer ends, of a model that has learned from the dataset file with that `meta`
+    ({}: of none): first the one that it has learned, then the tokenizer's own."""
+    return list(dict.fromkeys([meta.get("end_of_turn", tokenizer.eos_token_id), tokenizer.eos_token_id]))
 
 
 def held_out_questions(dataset: dict, path: str, tokenizer, rows: int) -> List[Tuple[List[int], str]]:

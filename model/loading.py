@@ -18,6 +18,7 @@ from transformers.utils import logging
 from common import UserError, after_interrupt, cause_of, full_disk, is_out_of_memory, reason_of, without_secrets
 from common.accelerator import room_for
 from common.checkpoint_files import checkpoints_in
+from common.dataset_cache import ends_of
 from common.files import require_room, written_whole
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
 from model.adapters import add_lora, load_adapter, save_adapter
@@ -187,10 +188,11 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
 
 def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[dict]) -> None:
+    meta = (run or {}).get("dataset", {})
     if hasattr(network, "get_base_model"):  # not `peft_config`: in peft 0.17 a merged model keeps it
-        save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
+        save_adapter(network, new, meta.get("template", ""))
     else:
-        _save_weights(network, tokenizer, new, base)
+        _save_weights(network, tokenizer, new, base, ends_of(meta, tokenizer)[0])
     save_tokenizer(tokenizer, new)
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -201,11 +203,11 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
         file.chmod(mode)  # safetensors lets nobody else read its files
 
 
-def _save_weights(model, tokenizer, directory: Path, base: str) -> None:
+def _save_weights(model, tokenizer, directory: Path, base: str, end: int) -> None:
     stored = how_stored(base) if base else None
     weights = weights_to_save(model, stored)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # so that it stops in plain transformers too
+    model.generation_config.eos_token_id = end  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     dtype = getattr(model.config, DTYPE)
     options = {"state_dict": dict(weights), "safe_serialization": True}

@@ -13,9 +13,10 @@ from itertools import groupby
 import pytest
 
 from common import UserError
-from common.chat import Chat, chat_of, ends_of
+from common.chat import Chat, chat_of
 from common.chat_rows import encode_conversations, encode_question
 from common.conversation import chat, checked
+from common.dataset_cache import ends_of
 from common.tokenization import load_tokenizer
 from dataset.files import Row
 from model.tiny import write_tiny
@@ -306,8 +307,9 @@ def test_white_space_of_the_frame_is_not_learned(stand_ins, tmp_path):
 
 def test_tools_and_system_carry_no_loss_and_a_call_does(stand_ins):
     tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
-    tokenizer.chat_template = "{% if tools %}{{ 'Tools: ' + (tools | tojson) + '\n' }}{% endif %}" + CHATML.replace(
-        "m.content", "(m.tool_calls | tojson if 'tool_calls' in m else m.content)"
+    called = "(m.tool_calls[0].name + '(' + m.tool_calls[0].arguments + ')' if 'tool_calls' in m else m.content)"
+    tokenizer.chat_template = "{% if tools %}{{ 'Tools: ' + tools[0].name + '\n' }}{% endif %}" + CHATML.replace(
+        "m.content", called
     )
     call = [{"name": "weather", "arguments": '{"city": "서울 <|im_end|>"}'}]
     messages = [
@@ -321,8 +323,8 @@ def test_tools_and_system_carry_no_loss_and_a_call_does(stand_ins):
     assert "tool_calls" not in checked(chat(row))[0]  # of a table each message has each key
     ((ids, mask),), _ = encode_conversations([row], chat, chat_of(tokenizer), 512)
     called, said = learned(tokenizer, ids, mask)
-    assert '"서울 <|im_end|>' in json.loads(called[: -len("<|im_end|>")])[0]["arguments"]
-    assert said == "맑아요.<|im_end|>" and tokenizer.decode(ids).startswith('Tools: [{"name": "weather"}]\n')
+    assert called == 'weather({"city": "서울 <|im_end|>"})<|im_end|>'
+    assert said == "맑아요.<|im_end|>" and tokenizer.decode(ids).startswith("Tools: weather\n<|im_start|>system\ns<")
     assert ids.count(tokenizer.eos_token_id) == 5
 
 
@@ -380,18 +382,20 @@ def test_the_token_that_ends_a_turn_is_found(name, with_template):
     tokenizer = with_template(name)
     end = tokenizer.convert_tokens_to_ids(END[TEMPLATES[name][0]])
     assert chat_of(tokenizer).end_of_turn() == end
-    assert ends_of(tokenizer, "chat") == list(dict.fromkeys([end, tokenizer.eos_token_id]))
-    assert ends_of(tokenizer, "alpaca") == ends_of(tokenizer, None) == [tokenizer.eos_token_id]
+    assert ends_of({"end_of_turn": end}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
+    assert ends_of({}, tokenizer) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "<|no_token|>", "<|im_start|>x"])
 def test_answers_that_nothing_ends_are_refused_with_their_row(end, stand_ins):
     tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
     tokenizer.chat_template = CHATML.replace("'<|im_end|>\n'", repr(end))
-    with pytest.raises(UserError, match=r"^my\.jsonl, line 2: the chat template of .* ends no answer of it"):
+    with pytest.raises(
+        UserError, match=r"^my\.jsonl, line 2: in this conversation the chat template of .* ends no answer"
+    ):
         encoded(tokenizer, talk("a", ""), talk("a", "b"))
-    with pytest.raises(UserError, match="ends an answer with no token"):
-        ends_of(tokenizer, "chat")
+    with pytest.raises(UserError, match="^The chat template of .* ends no answer with a token"):
+        chat_of(tokenizer).end_of_turn()
 
 
 def test_an_end_that_only_the_last_answer_has_is_learned_with_each(stand_ins):
@@ -444,11 +448,13 @@ def test_then_the_text_of_the_question_is_cut_and_last_the_answer(with_template)
 
 def test_questions_one_after_the_other_go_together(with_template):
     tokenizer = with_template("chatml")
-    messages = [*talk("a", "b"), message("user", "first half"), *talk("second half", "c")]
+    messages = [*talk("a", "b"), message("user", "first half"), *talk("second half of all that is asked", "c")]
     whole = len(by_library(tokenizer, messages))
     for block in (whole - 1, len(by_library(tokenizer, messages[2:]))):
         ((ids, _),), _ = encoded(tokenizer, messages, block_size=block)
         assert ids == by_library(tokenizer, messages[2:])
+    ((ids, _),), _ = encoded(tokenizer, messages, block_size=len(ids) - 1)
+    assert "first half" in tokenizer.decode(ids) and "second half of" in tokenizer.decode(ids)
 
 
 def test_long_results_of_tools_are_cut_before_the_question(with_template):

@@ -15,6 +15,8 @@ from tests.test_chat import CHATML, GEMMA, HEADERS, THINKS, by_library, talk
 SCRIPTS = sorted(path.name for path in (ROOT / "dataset").glob("prepare_*.py"))
 OWN = "--model-name-or-path ./llama3-8b --block-size 128 --save-path new.pt"
 PLAIN = HEADERS.replace("DATE", "")
+NO_SYSTEM = GEMMA.replace("<start_of_turn>", "<|start_header_id|>").replace("<end_of_turn>", "<|eot_id|>")
+ENDS_SOME = PLAIN.replace("'<|eot_id|>'", "('<|eot_id|>' if messages[0].content != 'b' else '')")
 PREPARE = f"python dataset/prepare_smollm2_dataset.py {OWN}"
 TALKS = [talk(f"질문 {n}", f"답 {n}", "그리고?", f"끝 {n}", system="짧게." if n % 2 else None) for n in range(40)]
 
@@ -41,6 +43,7 @@ def test_every_prepare_script_takes_conversations(script, ready, warm):
     done = warm(f"python dataset/{script} {OWN} --dataset-name-or-path talks.jsonl", cwd=ready)
     assert "train: 38 rows, " in done.stdout and "0 prompts cut, 0 answers cut, 0 rows without" in done.stdout
     dataset = torch.load(ready / "new.pt")
+    assert dataset["meta"]["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|eot_id|>") != tokenizer.eos_token_id
     assert dataset["meta"]["template"] == "chat" and dataset["meta"]["counts"]["train"]["conversations"] == 38
     held_out = TALKS[19::20]
     assert ids_of(dataset["validation"]) == [by_library(tokenizer, messages) for messages in held_out]
@@ -135,10 +138,15 @@ def test_many_are_the_same_from_any_number_of_processes(processes, ready, warm):
     ("template", "rows", "said"),
     [
         ("", [TALKS[0]], ["llama3-8b", "no chat template", "base model", "Instruct"]),
-        (CHATML, [TALKS[0]], ["talks.jsonl, line 1", "ends no answer"]),  # its tokens are not those of the tokenizer
-        (GEMMA, [TALKS[0], TALKS[1]], ["talks.jsonl, line 2", "System role", "before the first user message"]),
-        (HEADERS.replace("DATE", "{{ raise_exception('No,\nnever.') }}"), [TALKS[0]], ["line 1", "No, never."]),
-        ("{% for m in messages %}", [TALKS[0]], ["line 1", "chat template"]),
+        (
+            CHATML,
+            [TALKS[0]],
+            ["llama3-8b", "ends no answer with a token"],
+        ),  # its tokens are not those of the tokenizer
+        (NO_SYSTEM, [TALKS[0], TALKS[1]], ["talks.jsonl, line 2", "System role", "before the first user message"]),
+        (ENDS_SOME, [talk("a", "b"), talk("b", "c")], ["talks.jsonl, line 2", "ends no answer"]),
+        (HEADERS.replace("DATE", "{{ raise_exception('No,\nnever.') }}"), [TALKS[0]], ["chat template", "No, never."]),
+        ("{% for m in messages %}", [TALKS[0]], ["chat template", "llama3-8b"]),
         (None, [TALKS[0], [{"role": "bot", "content": "a"}]], ["talks.jsonl, line 2", "'bot'"]),
         (None, [TALKS[0], [{"role": "user", "content": [{"type": "text"}]}]], ["line 2", "message 1", "list of parts"]),
         (None, [talk("a")], ["talks.jsonl", "no rows with an answer"]),
