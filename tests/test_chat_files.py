@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from common.tokenization import load_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import contents, parquet, tells
 from tests.test_chat import CHATML, GEMMA, HEADERS, THINKS, by_library, talk
+from tests.tutorials import HELD_OUT_ROWS, ROWS
 
 SCRIPTS = sorted(path.name for path in (ROOT / "dataset").glob("prepare_*.py"))
 OWN = "--model-name-or-path ./llama3-8b --block-size 128 --save-path new.pt"
@@ -174,3 +176,31 @@ def test_rows_of_another_kind_are_said(ready, warm):
     for words in ("messages=talk", "mesages=messages"):
         done = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --columns {words}", cwd=ready, ok=None)
         tells(done, f"--columns {words}")
+
+
+# ------------------------------------------------------------------------------------------------ the samples
+
+
+def test_the_sample_conversations_are_what_is_said_of_them():
+    rows = {
+        split: [
+            json.loads(line)["messages"]
+            for line in (ROOT / "dataset" / "samples" / "korean_conversations" / f"{split}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        ]
+        for split in ("train", "validation")
+    }
+    assert {split: len(some) for split, some in rows.items()} == {"train": ROWS, "validation": HELD_OUT_ROWS}
+    seen = set()
+    for some in rows.values():
+        turns = [[one["role"] for one in messages if one["role"] != "system"] for messages in some]
+        assert all(roles == ["user", "assistant"] * (len(roles) // 2) for roles in turns)
+        assert sum(len(roles) > 2 for roles in turns) == len(some) // 2
+        assert 3 < sum(messages[0]["role"] == "system" for messages in some) < len(some) // 2
+        for messages in some:
+            first = next(one["content"] for one in messages if one["role"] == "user")
+            assert first not in seen and not seen.add(first)
+            for one in messages:
+                assert one.keys() == {"role", "content"} and one["content"] == one["content"].strip()
+                assert re.search("[가-힣]", one["content"]) or one["content"].isascii()
