@@ -31,6 +31,10 @@ CONFIGS = {
     "gpt": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_embd": 5120,
             "n_inner": 20480, "n_layer": 40, "n_head": 40, "n_positions": 2048, "activation_function": "gelu",
             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "torch_dtype": "float32"},
+    "qwen3": {**_LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
+              "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0,
+              "max_position_embeddings": 262144, "tie_word_embeddings": True},
     "llama3_1": {**_LLAMA3_8B, "rope_scaling": _LLAMA3_1_ROPE, "max_position_embeddings": 131072},
 }  # fmt: skip
 
@@ -46,7 +50,9 @@ def shape(kind: str) -> dict:
     else:
         width, layers, inner = (config[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size"))
         embeddings = config["vocab_size"] * width * (1 if config["tie_word_embeddings"] else 2)
-        key_value = width * config["num_key_value_heads"] // config["num_attention_heads"]
-        layer, last = 2 * width * (width + key_value + 1) + 3 * width * inner, width
+        heads, head = config["num_attention_heads"], config.get("head_dim", 0)  # Qwen3's, with a norm of its own
+        query = heads * head or width
+        key_value = query * config["num_key_value_heads"] // heads
+        layer, last = 2 * width * (query + key_value + 1) + 2 * head + 3 * width * inner, width
     total = embeddings + layers * layer + last
     return {"layers": layers, "width": width, "parameters": total, "embeddings": embeddings}

@@ -26,24 +26,18 @@ def prompt_room(model, max_new_tokens: int) -> int:
     return positions - max_new_tokens
 
 
+@torch.no_grad()
 def stream_answer(
-    model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float, ends: Sequence[int] = ()
+    model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float, ends=(), show_prompt: bool = True
 ) -> str:
-    """Print the prompt and the model's answer to it, token by token, until one of the tokens `ends`, without any the
-    tokenizer's own; return the answer.
+    """Print the prompt, if it is to be shown, and the model's answer to it, token by token, until one of the tokens
+    `ends`, without any the tokenizer's own; return the answer.
 
     Greedy where `temperature` is 0, sampled otherwise.
     """
-    print(tokenizer.decode(prompt_ids, skip_special_tokens=True), flush=True)
-    return stream_on(model, tokenizer, prompt_ids, max_new_tokens, temperature, ends)
-
-
-@torch.no_grad()
-def stream_on(
-    model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float, ends: Sequence[int] = ()
-) -> str:
-    """As stream_answer, without the prompt."""
     prompt, ends = torch.tensor([prompt_ids], device=model.device), list(ends) or [tokenizer.eos_token_id]
+    if show_prompt:
+        print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.eval()
     output = model.generate(

@@ -26,7 +26,10 @@ TUTORIALS = (
     Tutorial("Mistral 7B", "mistral", "mistral_7b", "mistral", CODE, 16),
     Tutorial("Cerebras-GPT 13B", "gpt", "gpt_13b", "gpt", PYTHON, 60),
     Tutorial("Llama 3.1 8B, Korean", "llama3_1", "llama3_1_8b", "llama3_1", KOREAN, 20),
+    Tutorial("Qwen3 4B, chat", "qwen3", "qwen3", "qwen3", "korean_conversations", 10),
 )
+# LoRA and checkpointing are the defaults of these: the ways on a GPU, and their options
+LORA_BY_DEFAULT = {"llama3_1": {"lora_4bit": ""}, "qwen3": {"lora": "", "lora_4bit": " --load-in-4bit"}}
 METHODS = {"full": "full", "lora": "LoRA", "lora_4bit": "LoRA 4 bit"}
 # with which a stand-in learns something of the samples within a minute; an adapter on random weights would not
 REHEARSAL = " --batch-size 8 --epochs 10 --lr 6e-3 --lr-scheduler linear --warmup-steps 20"
@@ -45,7 +48,7 @@ def way_to_run(tutorial: Tutorial, platform: str, memory: float, disk_free: floa
         model, dataset = f" --model-name-or-path {place}/model", f" --dataset-name-or-path {place}/dataset.pt"
         download = f" --tiny --save-dir {place}/model"
         prepare = f"{model} --dataset-name-or-path dataset/samples/{tutorial.sample} --save-path {place}/dataset.pt"
-        plain = " --no-use-lora --no-quantization" if tutorial.kind == "llama3_1" else ""
+        plain = " --no-use-lora --no-quantization" if tutorial.kind in LORA_BY_DEFAULT else ""
         train = f"{model}{dataset} --save-dir {place}/trained{plain}{REHEARSAL}"
     return {
         "name": tutorial.name,
@@ -64,18 +67,19 @@ def way_to_run(tutorial: Tutorial, platform: str, memory: float, disk_free: floa
 def ways(kind: str, platform: str) -> Iterator[Tuple[str, str, float]]:
     """(method, options of the train script, GB of memory), the best first: rather every weight than LoRA, rather LoRA
     than 4 bit, and each rather fast than sparing. platform: "MoAI", "CUDA", "ROCm" or "CPU"."""
-    korean = kind == "llama3_1"  # LoRA, 4 bit and checkpointing are that script's defaults
+    lora = LORA_BY_DEFAULT.get(kind)
     if platform == "CPU":  # a larger model may fit as well, and would take weeks
         if shape(kind)["parameters"] < 1e9:
             yield "full", "", memory_needed(kind, "full", tokens=1024)
     elif platform == "MoAI":  # it splits model and batch by itself; bitsandbytes is not made for it
-        if not korean:
+        if not lora:
             yield "full", "", memory_needed(kind, "full")
-        yield "lora", " --no-quantization" if korean else " --use-lora", memory_needed(kind, "lora", korean)
+        words = ("" if "lora" in lora else " --no-quantization") if lora else " --use-lora"
+        yield "lora", words, memory_needed(kind, "lora", bool(lora))
     else:
-        for method in ["lora_4bit"] if korean else METHODS:
-            words, sparing = ("", "") if korean else (OPTIONS[method], " --gradient-checkpointing")
-            if not korean:
+        for method in lora or METHODS:
+            words, sparing = (lora[method], "") if lora else (OPTIONS[method], " --gradient-checkpointing")
+            if not lora:
                 yield method, words, memory_needed(kind, method)
             yield method, words + sparing, memory_needed(kind, method, True)
             yield method, f"{words}{sparing} --micro-batch-tokens 2048", memory_needed(kind, method, True, 2048)
