@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 
+from common.dataset_cache import held_out_questions
 from common.tokenization import load_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import contents, parquet, tells
@@ -116,6 +117,17 @@ def test_conversations_are_shown_with_each_answer_in_brackets(ready, warm):
     said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --show 3", cwd=ready).stdout
     assert "<|end_header_id|>\n\n[답 0<|eot_id|>]<|start_header_id|>user" in said and "\n\n[끝 1<|eot_id|>]\n" in said
     assert "--- row 3: no answer, it is dropped" in said and "1 rows without an answer dropped" in said
+
+
+def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):
+    tokenizer = give_template(ready)
+    write(ready / "talks.jsonl", [{"messages": [*messages, *talk("고마워.")]} for messages in TALKS])
+    warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready)
+    questions = held_out_questions(torch.load(ready / "new.pt"), "new.pt", tokenizer, 9)
+    assert len(questions) == 2
+    for (prompt, answer), number in zip(questions, (19, 39)):
+        assert prompt == by_library(tokenizer, TALKS[number][:-1], add_generation_prompt=True)
+        assert answer == f"끝 {number}"
 
 
 @pytest.mark.parametrize("processes", [1, 3])

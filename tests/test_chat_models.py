@@ -23,20 +23,22 @@ from tests.test_chat import talk
 from tests.test_chat_files import PLAIN, give_template, write
 
 TALK = talk("제주도 날씨는?", "맑아요.", "그럼 서울은?", "비가 와요.", system="날씨만 말해.")
+ALONE = talk("그럼 서울은?", "무엇을요?", system="날씨만 말해.")  # the same question, without what was said before
+SILENT = [*TALK[:2], TALK[3], {"role": "assistant", "content": "둘 다요?"}]  # without the answer that was given
 PREPARE = "python dataset/prepare_llama3_dataset.py --block-size 128 --dataset-name-or-path talks.jsonl"
-MEMORIZE = "--batch-size 16 --max-train-steps 60 --lr 6e-3 --lr-scheduler linear --warmup-steps 5 --log-interval 30"
+MEMORIZE = "--batch-size 16 --max-train-steps 90 --lr 6e-3 --lr-scheduler linear --warmup-steps 5 --log-interval 30"
 ASK = "python tutorial/inference_qwen3.py --max-new-tokens 40"
 QWEN3 = "python dataset/prepare_qwen3_dataset.py"
 
 
 @pytest.fixture(scope="module")
 def memorized(base, warm, tmp_path_factory):
-    """A folder in which Llama3's stand-in has learned one conversation by heart. Its template ends a turn by another
+    """A folder in which Llama3's stand-in has learned three conversations by heart. Its template ends a turn by another
     token than the tokenizer's end token."""
     folder = lay_out(tmp_path_factory.mktemp("memorized") / "work")
     shutil.copytree(base / "llama3-8b", folder / "llama3-8b")
     give_template(folder)
-    write(folder / "talks.jsonl", [{"messages": TALK}] * 40)
+    write(folder / "talks.jsonl", [{"messages": messages} for messages in (ALONE, TALK, SILENT, TALK)] * 10)
     warm(PREPARE, cwd=folder)
     warm(f"python tutorial/train_llama3.py {MEMORIZE} --save-dir ./chat", cwd=folder)
     return folder
@@ -56,13 +58,14 @@ def test_the_end_of_a_turn_is_the_end_token_of_the_result(memorized):
     ("words", "answer"),
     [
         (["--prompt", "제주도 날씨는?", "--system", "날씨만 말해."], "맑아요."),
+        (["--prompt", "그럼 서울은?", "--system", "날씨만 말해."], "무엇을요?"),
         ([], None),  # the script's own question: no terminal is there
     ],
 )
 def test_a_question_is_asked_by_the_template_and_the_answer_ends_by_itself(words, answer, memorized, warm):
     said = warm(ASK, "--model-name-or-path", "./chat", *words, cwd=memorized).stdout
     if answer:
-        assert said.endswith(f"system\n\n날씨만 말해.user\n\n제주도 날씨는?assistant\n\n\n{answer}\n"), said
+        assert said.endswith(f"system\n\n날씨만 말해.user\n\n{words[1]}assistant\n\n\n{answer}\n"), said
     else:
         assert "user\n\n비 오는 날 집에서" in said
 
