@@ -14,6 +14,11 @@ CHATML = (
     "{{- '<tool_response>\n' + message.content + '\n</tool_response>' if tool else message.content }}"
     "{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
 )
+# as SmolLM2-Instruct's, with a system text where a conversation brings none
+SMOLLM2_CHATML = (
+    "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{%- endif %}" + CHATML
+)
 TOKENIZERS = {
     "llama2": SENTENCEPIECE,
     "mistral": SENTENCEPIECE,
@@ -22,7 +27,7 @@ TOKENIZERS = {
     "gpt": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
             "unk_token": "<|endoftext|>", "add_prefix_space": False},
     "smollm2": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
-                "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
+                "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>", "chat_template": SMOLLM2_CHATML},
     "qwen3": {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "unk_token": None, "add_prefix_space": False, "add_bos_token": False,
               "chat_template": CHATML},
