@@ -79,9 +79,7 @@ def config_of(model_dir: str):
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # each way in which it can be wrong has a type of its own
-        raise UserError(
-            f"transformers does not know the model of {model_dir}/config.json: {reason_of(error)}"
-        ) from None
+        raise UserError(f"transformers does not know the model of {model_dir}: {reason_of(error)}") from None
 
 
 def can_checkpoint(config) -> bool:
@@ -189,8 +187,9 @@ def _by_rule(config, way: Way) -> Counts:
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     r, inner = way.lora[0], getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
     heads = text.num_attention_heads
-    beside = width * (getattr(text, "num_key_value_heads", None) or heads) // heads  # the width of keys and values
-    shapes = [(width, width), (width, beside), (width, beside), (width, width)] + 3 * [(width, inner)]
+    query = heads * (getattr(text, "head_dim", None) or width // heads)
+    beside = query * (getattr(text, "num_key_value_heads", None) or heads) // heads  # the width of keys and values
+    shapes = [(width, query), (width, beside), (width, beside), (query, width)] + 3 * [(width, inner)]
     if config.model_type == "gpt2":
         shapes = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
     linear = layers * sum(into * out for into, out in shapes)
