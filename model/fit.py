@@ -93,9 +93,10 @@ def _what_fits(config, way: Way, memory: float) -> str:
     """A command for the reader, made of the one that was given."""
     others = METHODS[METHODS.index(way.method) + 1 :] if way.method in METHODS else METHODS[-1:]
     words = " ".join(word for word in sys.argv if word not in WORDS)
+    start = "python" if way.processes == 1 else f"torchrun --nproc-per-node {processes.on_machine()}"
     for method in others:
         if best(config, ways(way._replace(method=method)), memory).peak <= MOST * memory:
-            return f"What fits: python {words}{OPTIONS[method]}"
+            return f"What fits: {start} {words}{OPTIONS[method]}"
     for devices in (2, 4, 8, 16):
         if way.method not in BITS and best(config, ways(way._replace(processes=devices)), memory).peak <= MOST * memory:
             return f"What fits: {devices} such devices, torchrun --nproc-per-node {devices} {' '.join(sys.argv)}"

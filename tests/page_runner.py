@@ -32,6 +32,7 @@ Every command runs as the page has it, but for what comes from outside, which is
     the model hub                    one on 127.0.0.1, with stand-ins for the models and with dataset/samples
     hf auth login                    is told the token of that hub, which stands in place of YOUR_TOKEN as well
     tutorial/download_smollm2.py     with --tiny: its model comes from the package registry
+    torchrun --nproc-per-node 8      starts two processes, on the CPU: eight GPUs are not here
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import socketserver
 import subprocess
 import sys
@@ -121,6 +123,7 @@ class Shell:
         self.installed: Set[str] = set()  # packages that pip was told to install
         self.sources: List[str] = []  # of the scripts that ran
         self.page_imports = ""
+        self.port = free_port()  # torchrun's: other pages are followed at the same time
         self.cut_after = 0  # the step of a training at which Ctrl-C is pressed
         shell = self
 
@@ -153,6 +156,7 @@ class Shell:
             PIP_DISABLE_PIP_VERSION_CHECK="1",
             CUDA_VISIBLE_DEVICES="",  # the laptop of the pages has no GPU
             HIP_VISIBLE_DEVICES="",
+            PET_MASTER_PORT=str(self.port),
             PATH=f"{self.bin}{os.pathsep}{self.others}",
         )
         self.environment.pop("VIRTUAL_ENV", None)
@@ -231,6 +235,8 @@ class Shell:
             return self.pip(words, cwd)
         if name.startswith("python"):
             return self.run_python(words, cwd, env)
+        if name == "torchrun":
+            words = self.torchrun(words, cwd)
         return self.tool(name, words)
 
     def sudo(self, words: List[str]) -> dict:
@@ -294,12 +300,7 @@ class Shell:
         if not words or not words[0].endswith(".py"):
             return {"words": [sys.executable, *words]}
         script = cwd / words[0]
-        if script.is_file():
-            source = self.page_imports if script.name == PAGE else script.read_text(encoding="utf-8")
-            lacks = missing(Command(self.clone or cwd, script, source, words[1:], self.sources), self.installed)
-            if lacks:
-                raise Refused(1, f"no package that this page installs has what {'; '.join(lacks)}")
-            self.sources.append(source)
+        self.require_packages(script, words[1:], cwd)
         if script.name == "download_smollm2.py" and "--tiny" not in words:
             words = [*words, "--tiny"]
         if self.cut_after:
@@ -311,6 +312,24 @@ class Shell:
         except (subprocess.TimeoutExpired, pytest.fail.Exception) as error:  # of `run`, of `warm`
             raise Refused(124, str(error)) from None
         return {"out": done.stdout, "err": done.stderr, "status": done.returncode % 256}
+
+    def require_packages(self, script: Path, words: List[str], cwd: Path) -> None:
+        """Refused where the script needs what no command of the page has installed."""
+        if script.is_file():
+            source = self.page_imports if script.name == PAGE else script.read_text(encoding="utf-8")
+            lacks = missing(Command(self.clone or cwd, script, source, words, self.sources), self.installed)
+            if lacks:
+                raise Refused(1, f"no package that this page installs has what {'; '.join(lacks)}")
+            self.sources.append(source)
+
+    def torchrun(self, words: List[str], cwd: Path) -> List[str]:
+        """The words of a torchrun that starts two processes at most, and meets at a port of this page's own."""
+        at = next((place for place, word in enumerate(words) if word.endswith(".py")), len(words))
+        if at < len(words):
+            self.require_packages(cwd / words[at], words[at + 1 :], cwd)
+        own = re.sub(r"(?<=localhost:)\d+", str(self.port), " ".join(words[:at]))
+        own = re.sub(r"(--nproc-per-node[ =])(?:[3-9]|\d\d+)\b", r"\g<1>2", own)
+        return [*own.split(), *words[at:]]
 
     def tool(self, name: str, words: List[str]) -> dict:
         """A command that comes with a package."""
@@ -351,6 +370,11 @@ class Shell:
                 raise Refused(1, f"ERROR: No matching distribution found for {one} (the tests have {found})")
         self.installed.update(one.name for one in wanted)
         return {"out": "".join(f"Installed: {one}\n" for one in wanted), "err": "", "status": 0}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 SILENT = {"out": "", "err": "", "status": 0}

@@ -189,6 +189,26 @@ def test_an_untrue_page(text, line, words, shell):
     assert len(found) == text.count("](#b), ") + 1
 
 
+PROCESS = """
+import os
+
+import torch  # noqa: F401
+
+if os.environ["RANK"] == "0":
+    print(os.environ["WORLD_SIZE"], "processes")
+"""
+
+
+def test_torchrun(shell):
+    """Two processes where the page has eight; and what they import has to be installed."""
+    (shell.cwd / "mine.py").write_text(PROCESS, encoding="utf-8")
+    command = "torchrun --nproc-per-node 8 mine.py --nproc-per-node 8"
+    status, _, err = shell(command)
+    assert status == 1 and "torch" in err.splitlines()[0] and "no package that this page installs" in err
+    status, out, err = shell(f"pip install torch; {command}")
+    assert status == 0 and out.splitlines()[-1] == "2 processes", err
+
+
 def test_numbers():
     def fits(shown, said):
         return difference([shown], [said]) is None

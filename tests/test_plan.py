@@ -248,6 +248,17 @@ def test_weights_that_can_not_fit_are_refused_with_what_fits(model_dir, monkeypa
         settle(monkeypatch, asked(model_dir), 0.2e9)
 
 
+def test_several_processes_are_told_to_go_on_as_several(monkeypatch):
+    """What eight hold together does not fit one of them."""
+    pytest.importorskip("peft")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "8"), ("LOCAL_WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["tutorial/train_llama3_70b.py"])
+    way = Way("full", tokens=1024, device="cuda", processes=8)
+    line = fit._what_fits(config_of_kind("llama3_70b"), way, 80e9)
+    assert line == "What fits: torchrun --nproc-per-node 8 tutorial/train_llama3_70b.py --use-lora"
+
+
 def test_moai_splits_by_itself(model_dir, capsys):
     args = asked(model_dir)
     accelerator = SimpleNamespace(static_shapes=True)
