@@ -35,7 +35,7 @@ TRAINER = "4 bit + LoRA, peft + Trainer"
 KINDS = {
     "all weights": ["--no-use-lora", "--no-quantization", "--no-gradient-checkpointing"],
     "LoRA": ["--no-quantization", "--no-gradient-checkpointing"],
-    "4 bit + LoRA": [],
+    "4 bit + LoRA": ["--gradient-checkpointing", "on"],
     TRAINER: None,
 }
 
