@@ -80,10 +80,9 @@ class Accelerator(NamedTuple):
     def room_for_training(self, model: torch.nn.Module):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
         forget_peak(self.device)
-        # a trained weight has a gradient like itself and AdamW's two states, float32
-        fixed = sum(
-            w.numel() * (2 * w.element_size() + 8 if w.requires_grad else w.element_size()) for w in model.parameters()
-        )
+        # a trained weight has a gradient like itself and AdamW's two states, float32; of several processes each a slice
+        own = [(w.to_local() if hasattr(w, "to_local") else w, w.requires_grad) for w in model.parameters()]
+        fixed = sum(w.numel() * (2 * w.element_size() + 8 if trained else w.element_size()) for w, trained in own)
         return room_for("weights, gradients and AdamW's states", fixed, self.device)
 
 

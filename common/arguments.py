@@ -154,8 +154,8 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     return args
 
 
-def inference_arguments(description: str, model_name_or_path: str) -> argparse.Namespace:
-    """Options of `inference_*`: model_name_or_path, prompt, max_new_tokens, temperature, seed, bits.
+def inference_arguments(description: str, model_name_or_path: str, chat: bool = False) -> argparse.Namespace:
+    """Options of `inference_*`: model_name_or_path, prompt, max_new_tokens, temperature, seed, bits; of a chat, system.
 
     `prompt` is the reader's text, of --prompt or of --prompt-file, or None: the script then takes its own sample.
     `bits` is None unless given: a model as it is stored, the base of an adapter as it was in the training.
@@ -166,6 +166,8 @@ def inference_arguments(description: str, model_name_or_path: str) -> argparse.N
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", help="your own text, put into the format of the training")
     text.add_argument("--prompt-file", help="a file with your own text")
+    if chat:
+        add("--system", help="a text before the conversation that says how to answer")
     add("--max-new-tokens", type=COUNT, default=256, help="tokens of the answer at most")
     add("--temperature", type=NUMBER, default=0.0, help="0: always the likeliest token (greedy); above: sampled")
     add("--seed", type=int, default=0, help="for sampling")

@@ -6,6 +6,8 @@ from typing import List, NamedTuple, Optional
 
 import torch
 
+from common import processes
+
 IGNORED = -100  # the label of a position that carries no loss, as torch and transformers have it
 
 
@@ -26,22 +28,13 @@ class Batches:
     """The batches of a split (`dataset["train"]` of a dataset file), as the device wants them.
 
     `lengths` and `label_counts`, int32 [rows]: the tokens of each row, and those that carry a loss. static_length: the
-    length of all rows on a platform that compiles a graph for each shape, else 0. process, processes: of so many
-    processes, each of which takes its share of a batch's rows, the one whose micro-batches are asked for.
+    length of all rows on a platform that compiles a graph for each shape, else 0. Of several processes each takes its
+    share of a batch.
     """
 
-    def __init__(
-        self,
-        split: dict,
-        batch_size: int,
-        micro_batch_tokens: int,
-        static_length: int = 0,
-        train_on_prompt: bool = False,
-        process: int = 0,
-        processes: int = 1,
-    ):
+    def __init__(self, split: dict, batch_size: int, micro_batch_tokens: int, static_length=0, train_on_prompt=False):
         self.split, self.micro_batch_tokens, self.static_length = split, micro_batch_tokens, static_length
-        self.train_on_prompt, self.process, self.processes = train_on_prompt, process, processes
+        self.train_on_prompt = train_on_prompt
         self.lengths = split["lengths"]
         # a row's first token is never predicted
         self.label_counts = self.lengths - 1 if train_on_prompt else split["label_counts"]
@@ -66,17 +59,18 @@ class Batches:
         if self.static_length:
             return [self._static(rows)]
         of_all = [self._groups(share) for share in self.shares(rows)]
-        groups = of_all[self.process]
+        groups = of_all[processes.number()]
         found = [self._padded(group, int(self.lengths[group[0]])) for group in groups]
-        return found + [self._padded([], 2)] * (max(map(len, of_all)) - len(groups))
+        return found + [self._padded([], 2, height=1)] * (max(map(len, of_all)) - len(groups))
 
     def shares(self, rows: List[int]) -> List[List[int]]:
         """The rows of each process."""
-        return [rows] if self.processes == 1 else _balanced(self.lengths[rows].tolist(), rows, self.processes)
+        parts = processes.count()
+        return _balanced(self.lengths[rows].tolist(), rows, parts) if parts > 1 else [rows]
 
     def make_smaller(self, rows: List[int]) -> bool:
         """Halve this process's largest micro-batch of these rows; False where each row is one of its own already."""
-        share = self.shares(rows)[self.process]
+        share = self.shares(rows)[processes.number()]
         groups = [] if self.static_length else self._groups(share)
         if self.static_length or len(groups) == len(share):
             return False
@@ -85,9 +79,10 @@ class Batches:
 
     def _groups(self, rows: List[int]) -> List[List[int]]:
         """The row numbers of each micro-batch, the longest row first."""
+        lengths = self.lengths[rows].tolist()
         groups: List[List[int]] = []
         longest = 0
-        for length, row in sorted(zip(self.lengths[rows].tolist(), rows), key=lambda pair: (-pair[0], pair[1])):
+        for length, row in sorted(zip(lengths, rows), key=lambda pair: (-pair[0], pair[1])):
             if groups and (len(groups[-1]) + 1) * longest <= self.micro_batch_tokens:
                 groups[-1].append(row)
             else:
@@ -106,7 +101,7 @@ class Batches:
 
     def _padded(self, rows: List[int], length: int, height: int = 0) -> MicroBatch:
         # any id will do as padding: it has no label, and no token of the row sees it
-        input_ids = torch.zeros((max(height, len(rows), 1), length), dtype=torch.int64)
+        input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORED)
         for place, row in enumerate(rows):
             begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])

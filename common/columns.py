@@ -16,6 +16,7 @@ from traceback import extract_tb
 from typing import Callable, Dict
 
 from common import UserError
+from common.conversation import COLUMNS, Conversation, chat
 from common.text import cell, listed, not_text, text_of
 
 
@@ -49,17 +50,38 @@ def require_asked(template: Callable, row: dict, columns: Dict[str, str]) -> Non
             raise UserError(f"--columns {name}={own}: the template asks for no {name!r}, it asks for: {names}.")
 
 
+def chosen(template: Callable, row: dict) -> Callable:
+    """`template`; or `chat`, where the row has a conversation and lacks columns for which the template asks."""
+    probe = _Probe(_cells(row), "")
+    probe.answer(template)
+    return chat if probe.missing and any(name in row for name in COLUMNS) else template
+
+
+def gives_conversations(template: Callable, row: dict) -> bool:
+    """Whether the template makes a Conversation of such a row, and no Example."""
+    with suppress(Exception):  # which row it is, whoever applies it will say
+        return isinstance(template(_cells(row)), Conversation)
+    return template is chat
+
+
 def applied(template: Callable, row: dict):
-    """The Example that the template makes of the row, of text alone. UserError, with the row's place, where it can't.
+    """The Example that the template makes of the row, of text alone, or its Conversation, as it is. UserError, with the
+    row's place, where it can't.
 
     The template finds cells that read well within a text: an empty one is "", not None or nan, and bytes are text.
     """
-    cells = {name: cell(value) for name, value in row.items()}
+    cells = _cells(row)
     try:
         example = template(cells)
+        if isinstance(example, Conversation):
+            return example
         return example._replace(prompt=[text_of(piece) for piece in example.prompt], answer=text_of(example.answer))
     except Exception as error:  # a template is the reader's own code: whatever fails, it is at this row
         raise UserError(place_of(row) + _complaint(template, cells, error)) from None
+
+
+def _cells(row: dict) -> dict:
+    return {name: cell(value) for name, value in row.items()}
 
 
 def _complaint(template: Callable, row: dict, error: Exception) -> str:

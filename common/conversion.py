@@ -62,7 +62,7 @@ def _convert(path: Path) -> None:
         print(f"Converting {path.name} to {target.name}...", flush=True)
         try:
             try:  # mapped, where torch can: the file is never in memory as a whole
-                weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
             except (TypeError, RuntimeError):  # torch before 2.1, or a file in torch's form before 1.6
                 weights = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # a damaged file fails in many ways, of many types

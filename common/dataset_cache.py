@@ -7,7 +7,8 @@
 
 Row i is `input_ids[offsets[i]:offsets[i + 1]]`; `loss_mask` is true where its tokens carry a loss: one answer, or
 several. `lengths` and `label_counts` (tokens that carry a loss and are predicted: not a row's first) stand beside it,
-so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all.
+so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all. Of
+conversations `meta` has `end_of_turn` too: the id by which their template ends an answer, not always the tokenizer's.
 There are only plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens
 without this repository, with `weights_only=True` as well.
 """
@@ -32,25 +33,36 @@ COUNTS = ("rows", "tokens", "prompts cut", "answers cut", "dropped")
 
 
 def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, tokenizer, args) -> None:
-    """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`.
+    """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`; rows of
+    conversations, which the first row shows, with the tokenizer's own chat template.
 
     `source` says in the file where the rows came from (dataset.sources.load_splits gives both). Memory stays bounded:
     token ids go to scratch files beside the target as they are made. UserError where "train" has no rows.
     """
-    from common.columns import require_asked
+    from common.columns import chosen, gives_conversations, renamed, require_asked
     from common.preparation import Encoder, show_rows  # a training has no use for these
 
+    row = next(iter(splits["train"]))
+    first, chat = renamed(row, args.columns), None
+    template = chosen(template, first)
     if args.columns:
-        require_asked(template, next(iter(splits["train"])), args.columns)
-    encoder = Encoder(template, tokenizer, args.block_size, args.columns)
+        require_asked(template, row, args.columns)
+    if gives_conversations(template, first):
+        from common.chat import chat_of
+
+        chat = chat_of(tokenizer)
+    encoder = Encoder(template, tokenizer, args.block_size, args.columns, chat)
+    # asked for now, and not when a model is saved that was trained for hours
+    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {}
     if args.show:
         show_rows(splits["train"], args.show, encoder)
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
         "dataset": source,
-        "template": template.__name__,
+        "template": "chat" if chat else template.__name__,
         "block_size": args.block_size,
+        **of_chat,
         "counts": {},
         "sha256": {},
     }
@@ -64,11 +76,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
                 raise UserError(
                     f"The dataset {source} has no rows with an answer. Give another --dataset-name-or-path."
                 )
-            meta["counts"][name] = {what: counts[what] for what in COUNTS}
-            print(
-                f"{name}: {counts['rows']} rows, {counts['tokens']} tokens; {counts['prompts cut']} prompts cut, "
-                f"{counts['answers cut']} answers cut, {counts['dropped']} rows without an answer dropped"
-            )
+            meta["counts"][name] = {what: counts[what] for what in (*COUNTS, *["conversations"] * bool(chat))}
+            print(f"{name}: {_told(counts)}")
         print("Saving dataset into torch format...")
         import torch  # here, because the processes that encode the rows have no use for it
         from transformers import __version__ as transformers_version
@@ -81,6 +90,16 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
         with open(new, "wb") as file:  # a path would leave its name in the file
             torch.save(document, file)
     print(f"Dataset saved as {args.save_path}")
+
+
+def _told(counts: Counter) -> str:
+    rows = f"{counts['rows']} rows"
+    if counts["rows"] > counts["conversations"] > 0:  # the chat template writes earlier turns anew
+        rows += f", one for each answer of {counts['conversations']} conversations"
+    return (
+        f"{rows}, {counts['tokens']} tokens; {counts['prompts cut']} prompts cut, {counts['answers cut']} answers cut, "
+        f"{counts['dropped']} rows without an answer dropped"
+    )
 
 
 def _write(name: str, rows: Iterable[dict], encoder, scratch: Path) -> Tuple[array, Counter]:
@@ -113,16 +132,25 @@ def _split(lengths: array, ids_file: Path, mask_file: Path) -> dict:
     return {**split, "label_counts": label_counts(split)}
 
 
+def ends_of(meta: dict, tokenizer) -> List[int]:
+    """The ids of the tokens at which an answer ends, of a model that has learned from the dataset file with that `meta`
+    ({}: of none): first the one that it has learned, then the tokenizer's own."""
+    return list(dict.fromkeys([meta.get("end_of_turn", tokenizer.eos_token_id), tokenizer.eos_token_id]))
+
+
 def held_out_questions(dataset: dict, path: str, tokenizer, rows: int) -> List[Tuple[List[int], str]]:
-    """(token ids of the prompt, text of the data's answer) of the first held-out rows of the file at `path`.
+    """(token ids of the prompt, text of the data's answer) of the first held-out rows of the file at `path`; of a
+    conversation its last answer and all that is before it.
 
     They are the first of those on which a training measures its held-out loss.
     """
     split, questions = dataset["validation"], []
     for row in range(min(rows, len(split["lengths"]))):
         begin, end = int(split["offsets"][row]), int(split["offsets"][row + 1])
-        ids, start = split["input_ids"][begin:end].tolist(), int(split["loss_mask"][begin:end].int().argmax())
-        questions.append((ids[:start], tokenizer.decode(ids[start:], skip_special_tokens=True).strip()))
+        ids, mask = split["input_ids"][begin:end].tolist(), bytes(split["loss_mask"][begin:end].tolist())
+        stop = mask.rindex(1) + 1
+        start = mask.rfind(0, 0, stop) + 1
+        questions.append((ids[:start], tokenizer.decode(ids[start:stop], skip_special_tokens=True).strip()))
     if not questions:
         raise UserError(f"{path} has no held-out rows. Prepare it from 20 rows or more.")
     return questions

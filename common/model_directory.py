@@ -166,7 +166,7 @@ def _require_template(model_dir: str, asked: str) -> None:
     learned, folder = template_of(model_dir), Path(sys.argv[0]).parent
     if learned and learned != asked:
         scripts = sorted(folder.glob("inference_*.py"))
-        right = [path for path in scripts if re.search(rf"\b{learned}\(", path.read_text("utf-8"))]
+        right = [path for path in scripts if re.search(rf"template={learned}\b", path.read_text("utf-8"))]
         names = " or ".join(path.as_posix() for path in right) or "the script of its tutorial"
         raise UserError(
             f"{model_dir} was trained on prompts of the template {learned}, and this script asks in that of {asked}. "

@@ -12,10 +12,10 @@ import sys
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from operator import length_hint
 from time import monotonic
-from typing import Dict, Iterable, Iterator, List, NamedTuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from common.columns import renamed
 from common.tokenization import encode_rows
@@ -42,17 +42,24 @@ class Encoder(NamedTuple):
     tokenizer: object
     block_size: int
     columns: Dict[str, str]  # names that the template asks for, and those that the data has in their place
+    chat: object = None  # where the template gives conversations, the `Chat` of the tokenizer
 
-    def rows(self, rows: List[dict]):
-        """As `encode_rows`, of rows under the data's own names."""
-        return encode_rows([renamed(row, self.columns) for row in rows], self.template, self.tokenizer, self.block_size)
+    def rows(self, rows: List[dict]) -> Tuple[List[Tuple[List[int], bytes]], Counter]:
+        """(token ids, of each a byte: 1 where it carries a loss) of rows under the data's own names; and counts."""
+        rows = [renamed(row, self.columns) for row in rows]
+        if self.chat:
+            from common.chat_rows import encode_conversations
+
+            return encode_conversations(rows, self.template, self.chat, self.block_size)
+        encoded, counts = encode_rows(rows, self.template, self.tokenizer, self.block_size)
+        return [(ids, bytes(start) + b"\1" * (len(ids) - start)) for ids, start in encoded], counts
 
     def chunk(self, rows: List[dict]) -> Chunk:
         encoded, counts = self.rows(rows)
         ids, mask, lengths = bytearray(), bytearray(), array("i")
-        for row, answer_start in encoded:
+        for row, with_loss in encoded:
             ids += struct.pack(f"{len(row)}i", *row)  # four times as fast as array.extend
-            mask += bytes(answer_start) + b"\1" * (len(row) - answer_start)
+            mask += with_loss
             lengths.append(len(row))
         return Chunk(len(rows), bytes(ids), bytes(mask), lengths.tobytes(), counts)
 
@@ -79,11 +86,13 @@ def show_rows(rows: Iterable[dict], count: int, encoder: Encoder) -> None:
         encoded, counts = encoder.rows([row])
         if not encoded:
             print(f"--- row {number}: no answer, it is dropped")
-        for ids, start in encoded:
+        for ids, mask in encoded:
             cut = ", cut" if counts["prompts cut"] or counts["answers cut"] else ""
-            prompt, answer = (encoder.tokenizer.decode(part) for part in (ids[:start], ids[start:]))
-            print(f"--- row {number}: {len(ids)} tokens, {len(ids) - start} with a loss{cut}")
-            print(f"{prompt}{before}{answer}{after}")
+            print(f"--- row {number}: {len(ids)} tokens, {sum(mask)} with a loss{cut}")
+            for with_loss, part in groupby(zip(ids, mask), lambda pair: pair[1]):
+                text = encoder.tokenizer.decode([token for token, _ in part])
+                print(f"{before}{text}{after}" if with_loss else text, end="")
+            print()
 
 
 def _in_processes(chunks: Iterable[List[dict]], encoder: Encoder, processes: int) -> Iterator[Chunk]:

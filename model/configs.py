@@ -31,6 +31,10 @@ CONFIGS = {
     "gpt": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 50257, "n_embd": 5120,
             "n_inner": 20480, "n_layer": 40, "n_head": 40, "n_positions": 2048, "activation_function": "gelu",
             "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "torch_dtype": "float32"},
+    "qwen3": {**_LLAMA, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936,
+              "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+              "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6, "rope_theta": 5000000.0,
+              "max_position_embeddings": 262144, "tie_word_embeddings": True},
     "llama3_1": {**_LLAMA3_8B, "rope_scaling": _LLAMA3_1_ROPE, "max_position_embeddings": 131072},
 }  # fmt: skip
 
@@ -41,4 +45,7 @@ def config_of_kind(kind: str):
 
     settings = {**CONFIGS[kind]}
     settings.pop("rope_scaling", None)  # transformers before 4.43 can't read it, and no size depends on it
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except ValueError:  # transformers before 4.51 knows no Qwen3, which has a Llama's weights and two small norms more
+        return AutoConfig.for_model("llama", **settings)

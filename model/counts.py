@@ -55,7 +55,11 @@ def count(config, way: Way) -> Counts:
     build it. Layers that are alike add the same each, so that two short models tell of any length."""
     if not can_count() or (way.method != "full" and not _has_peft()):
         return _by_rule(config, way)
-    key = _key(config)
+    with torch.random.fork_rng(devices=[]):  # what a layer on paper begins with is none of the training's numbers
+        return _counted(_key(config), way)
+
+
+def _counted(key: str, way: Way) -> Counts:
     # what is quantized, and how many processes there are, changes nothing of what is counted
     way = way._replace(method="full" if way.method == "full" else "lora", processes=min(way.processes, 2))
     layers, alike, _ = _build(key)
@@ -75,14 +79,13 @@ def config_of(model_dir: str):
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # each way in which it can be wrong has a type of its own
-        raise UserError(
-            f"transformers does not know the model of {model_dir}/config.json: {reason_of(error)}"
-        ) from None
+        raise UserError(f"transformers does not know the model of {model_dir}: {reason_of(error)}") from None
 
 
 def can_checkpoint(config) -> bool:
     """Whether transformers has gradient checkpointing for the model."""
-    return _build(_key(config)).checkpointing
+    with torch.random.fork_rng(devices=[]):
+        return _build(_key(config)).checkpointing
 
 
 def can_count() -> bool:
@@ -184,8 +187,9 @@ def _by_rule(config, way: Way) -> Counts:
     width, layers, vocabulary = text.hidden_size, text.num_hidden_layers, text.vocab_size
     r, inner = way.lora[0], getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * width
     heads = text.num_attention_heads
-    beside = width * (getattr(text, "num_key_value_heads", None) or heads) // heads  # the width of keys and values
-    shapes = [(width, width), (width, beside), (width, beside), (width, width)] + 3 * [(width, inner)]
+    query = heads * (getattr(text, "head_dim", None) or width // heads)
+    beside = query * (getattr(text, "num_key_value_heads", None) or heads) // heads  # the width of keys and values
+    shapes = [(width, query), (width, beside), (width, beside), (query, width)] + 3 * [(width, inner)]
     if config.model_type == "gpt2":
         shapes = [(width, 3 * width), (width, width), (width, inner), (inner, width)]
     linear = layers * sum(into * out for into, out in shapes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
@@ -27,13 +27,17 @@ def prompt_room(model, max_new_tokens: int) -> int:
 
 
 @torch.no_grad()
-def stream_answer(model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float) -> str:
-    """Print the prompt and the model's answer to it, token by token, until the end token; return the answer.
+def stream_answer(
+    model, tokenizer, prompt_ids: List[int], max_new_tokens: int, temperature: float, ends=(), show_prompt: bool = True
+) -> str:
+    """Print the prompt, if it is to be shown, and the model's answer to it, token by token, until one of the tokens
+    `ends`, without any the tokenizer's own; return the answer.
 
     Greedy where `temperature` is 0, sampled otherwise.
     """
-    prompt = torch.tensor([prompt_ids], device=model.device)
-    print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
+    prompt, ends = torch.tensor([prompt_ids], device=model.device), list(ends) or [tokenizer.eos_token_id]
+    if show_prompt:
+        print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.eval()
     output = model.generate(
@@ -41,21 +45,23 @@ def stream_answer(model, tokenizer, prompt_ids: List[int], max_new_tokens: int, 
         attention_mask=torch.ones_like(prompt),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
     )[0, prompt.shape[1] :]
-    if output[-1] != tokenizer.eos_token_id:
+    if int(output[-1]) not in ends:
         print(f"(cut after --max-new-tokens {max_new_tokens}: the answer has not ended by itself)")
     return tokenizer.decode(output, skip_special_tokens=True)
 
 
 @torch.no_grad()
-def answer_ids(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) -> List[List[int]]:
+def answer_ids(
+    model, tokenizer, prompts: List[List[int]], max_new_tokens: int, ends: Sequence[int] = ()
+) -> List[List[int]]:
     """The token ids of the model's likeliest answers to `prompts` (token ids each), all at once.
 
-    An answer that ended by itself has the end token in it. Padded on the left, so that every answer goes on right where
-    its prompt ends.
+    An answer that ended by itself has one of the tokens `ends` in it, without any the tokenizer's own. Padded on the
+    left, so that every answer goes on right where its prompt ends.
     """
     longest = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts])
@@ -66,19 +72,19 @@ def answer_ids(model, tokenizer, prompts: List[List[int]], max_new_tokens: int) 
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(ends) or [tokenizer.eos_token_id],
         pad_token_id=tokenizer.eos_token_id,
     )
     return output[:, longest:].tolist()
 
 
 def perplexity_and_answers(
-    model, tokenizer, batches: Batches, prompts: List[List[int]], max_new_tokens: int, accelerator, when: str
+    model, tokenizer, batches: Batches, prompts: List[List[int]], max_new_tokens: int, accelerator, when: str, ends=()
 ) -> Tuple[float, List[Tuple[str, bool]]]:
     """The perplexity (exp of the mean loss of a label token) of the first rows of `batches`, and to each of their
     prompts (token ids) the likeliest answer and whether it ended by itself; no answers where `max_new_tokens` is 0.
 
-    `when` names the progress bar. UserError where the model has no room for the answers.
+    `when` names the progress bar, `ends` as in answer_ids. UserError where the model has no room for the answers.
     """
     if max(map(len, prompts)) > prompt_room(model, max_new_tokens):
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for the longest prompt. Take fewer.")
@@ -92,10 +98,12 @@ def perplexity_and_answers(
         for rows in (order[start : start + at_once] for start in range(0, len(order), at_once)):
             loss += total_loss(with_loss, batches, rows, accelerator)
             if max_new_tokens:
-                answers.update(zip(rows, answer_ids(model, tokenizer, [prompts[row] for row in rows], max_new_tokens)))
+                some = [prompts[row] for row in rows]
+                answers.update(zip(rows, answer_ids(model, tokenizer, some, max_new_tokens, ends)))
             bar.update(len(rows))
+    ends = list(ends) or [tokenizer.eos_token_id]
     answered = [
-        (tokenizer.decode(answers[row], skip_special_tokens=True).strip(), tokenizer.eos_token_id in answers[row])
+        (tokenizer.decode(answers[row], skip_special_tokens=True).strip(), not set(ends).isdisjoint(answers[row]))
         for row in sorted(answers)
     ]
     return math.exp(loss / int(batches.label_counts[order].sum())), answered

@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 
 from common import UserError, after_interrupt, full_disk, processes, without_secrets
 from common.checkpoint_files import checkpoints_in
+from common.dataset_cache import ends_of
 from common.files import require_room, weights_fingerprint, written_whole
 from common.memory import room_for
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
@@ -145,13 +146,14 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
 
 def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[dict]) -> None:
+    meta = (run or {}).get("dataset", {})
     adapter = hasattr(network, "get_base_model")  # not `peft_config`: in peft 0.17 a merged model keeps it
     if not adapter:
-        _save_weights(network, tokenizer, new, base)
+        _save_weights(network, tokenizer, new, base, ends_of(meta, tokenizer)[0])
     if not processes.is_first():
         return
     if adapter:
-        save_adapter(network, new, (run or {}).get("dataset", {}).get("template", ""))
+        save_adapter(network, new, meta.get("template", ""))
     save_tokenizer(tokenizer, new)
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -162,10 +164,10 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
         file.chmod(mode)  # safetensors lets nobody else read its files
 
 
-def _save_weights(model, tokenizer, directory: Path, base: str) -> None:
+def _save_weights(model, tokenizer, directory: Path, base: str, end: int) -> None:
     stored = how_stored(base) if base else None
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # so that it stops in plain transformers too
+    model.generation_config.eos_token_id = end  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     if processes.count() > 1:
         write_gathered(model, directory, stored)

@@ -16,6 +16,7 @@ from common import UserError
 from common.download import download_model
 from common.files import require_place, written_whole
 from model.configs import CONFIGS
+from model.conventions import LLAMA3_WORDS, NOT_SPECIAL, SENTENCEPIECE, SPECIALS, TOKENIZERS
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 VOCABULARY = 1600  # tokens, as far as the samples give so many; Llama3's and GPT's special ones come on top
@@ -26,39 +27,8 @@ REAL_WEIGHTS = 50 * 2**20  # bytes; no stand-in has a file of that size
 # transformers 5 loads what is stored, so a script that forgets to ask for fp32 gets bf16 here.
 SMALL = {
     "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4,
 }  # fmt: skip
-
-# tokenizer_config.json with the class that the hub's names, because a class has habits of its own (the padding side).
-SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-                 "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
-LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-          "eos_token": "<|end_of_text|>"}  # fmt: skip
-TOKENIZERS = {
-    "llama2": SENTENCEPIECE,
-    "mistral": SENTENCEPIECE,
-    "llama3": LLAMA3,
-    "llama3_1": LLAMA3,
-    "gpt": {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-            "unk_token": "<|endoftext|>", "add_prefix_space": False},
-    "smollm2": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>",
-                "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"},
-}  # fmt: skip
-
-# The special tokens in the order of their ids: before the others in SmolLM2 (and SentencePiece), behind them elsewhere.
-RESERVED = [f"<|reserved_special_token_{number}|>" for number in range(5)]
-HEADER = ["<|start_header_id|>", "<|end_header_id|>"]
-SPECIALS = {
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], *HEADER, RESERVED[4], "<|eot_id|>"],
-    "llama3_1": ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:2], "<|finetune_right_pad_id|>", RESERVED[2],
-                 *HEADER, "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"],
-    "gpt": ["<|endoftext|>"],
-    "smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-}  # fmt: skip
-LLAMA3_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 def download_or_stand_in(args, kind: str) -> None:
@@ -87,7 +57,7 @@ def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
         tokenizer = _sentencepiece(folder) if TOKENIZERS[kind] is SENTENCEPIECE else _byte_level(kind)
         _save_tokenizer(tokenizer, TOKENIZERS[kind], folder)
         settings["vocab_size"] = tokenizer.get_vocab_size()
-        names = [name for name in ("bos_token", "eos_token", "pad_token") if name in TOKENIZERS[kind]]
+        names = [name for name in ("bos_token", "eos_token", "pad_token") if TOKENIZERS[kind].get(name)]
         settings.update({f"{name}_id": tokenizer.token_to_id(TOKENIZERS[kind][name]) for name in names})
         _save_model(settings, folder, seed)
 
@@ -145,21 +115,26 @@ def _sentencepiece(folder):
 
 
 def _byte_level(kind):
-    """Train the byte-level BPE of Llama3, GPT-2 or SmolLM2. Its bytes begin with `!`, id 0 in the first two."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """Train the byte-level BPE of Llama3, GPT-2, SmolLM2 or Qwen3. Its bytes begin with `!`, id 0 but in SmolLM2."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
 
-    llama3, specials = kind.startswith("llama3"), SPECIALS[kind]
+    llama3, qwen3, specials = kind.startswith("llama3"), kind == "qwen3", SPECIALS[kind]
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama3))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not llama3)
-    if llama3:
-        words = pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not (llama3 or qwen3))
+    if qwen3:
+        tokenizer.normalizer = normalizers.NFC()
+    if llama3 or qwen3:  # Qwen's digits are each on their own
+        pattern = LLAMA3_WORDS.replace("{1,3}", "") if qwen3 else LLAMA3_WORDS
+        words = pre_tokenizers.Split(Regex(pattern), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, tokenizer.pre_tokenizer])
-    trainer = trainers.BpeTrainer(
+    trainer = BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=specials if kind == "smollm2" else [],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
     )  # fmt: skip
     tokenizer.train_from_iterator(_texts(), trainer)
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in specials])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in NOT_SPECIAL if qwen3])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     if llama3:
@@ -197,10 +172,11 @@ def _save_model(settings, folder, seed):
     _save_json({key: value for key, value in settings.items() if key != "torch_dtype"}, folder / "config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except ValueError as error:  # the rope_scaling of Llama 3.1 in transformers 4.42 or older
+    except ValueError as error:  # the rope_scaling of Llama 3.1 in transformers 4.42 or older, Qwen3 in 4.50
+        least = "4.51" if settings["model_type"] == "qwen3" else "4.43"
         raise UserError(
             f"transformers {transformers.__version__} is too old for this model, the real one included: "
-            "pip install -U 'transformers>=4.43'."
+            f"pip install -U 'transformers>={least}'."
         ) from error
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
         torch.manual_seed(seed)

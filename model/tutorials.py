@@ -43,7 +43,14 @@ TUTORIALS = (
     Tutorial("Mistral 7B", "mistral", "mistral_7b", "mistral", CODE, 16, 256, 2 * 18_612 * 256.0),
     Tutorial("Cerebras-GPT 13B", "gpt", "gpt_13b", "gpt", PYTHON, 60, 32, 4 * 26_588 * 256.0),
     Tutorial("Llama 3.1 8B, Korean", "llama3_1", "llama3_1_8b", "llama3_1", KOREAN, 20, 8, 60 * 8 * 512.0, 2048),
+    Tutorial("Qwen3 4B, chat", "qwen3", "qwen3", "qwen3", "korean_conversations", 10, 8, 60 * 8 * 512.0, 2048),
 )
+# LoRA is the default of these: the methods that are theirs on a GPU, and their options
+LORA_BY_DEFAULT = {
+    "llama3_1": {"lora_4bit": "", "lora": " --no-quantization"},
+    "qwen3": {"lora": "", "lora_4bit": " --load-in-4bit"},
+}
+ON_A_GPU = {"llama3_1": ["lora_4bit"], "qwen3": ["lora", "lora_4bit"]}
 METHODS = {"full": "full", "lora": "LoRA", "lora_4bit": "LoRA 4 bit"}
 # with which a stand-in learns something of the samples within a minute; an adapter on random weights would not
 REHEARSAL = " --batch-size 8 --epochs 10 --lr 6e-3 --lr-scheduler linear --warmup-steps 20"
@@ -76,7 +83,7 @@ def way_to_run(tutorial: Tutorial, machine: Machine, disk_free: float) -> dict:
         model, dataset = f" --model-name-or-path {place}/model", f" --dataset-name-or-path {place}/dataset.pt"
         download = f" --tiny --save-dir {place}/model"
         prepare = f"{model} --dataset-name-or-path dataset/samples/{tutorial.sample} --save-path {place}/dataset.pt"
-        plain = " --no-use-lora --no-quantization" if tutorial.kind == "llama3_1" else ""
+        plain = " --no-use-lora --no-quantization" if tutorial.kind in LORA_BY_DEFAULT else ""
         train = f"python tutorial/train_{tutorial.kind}.py{model}{dataset} --save-dir {place}/trained{plain}{REHEARSAL}"
     return {
         "name": tutorial.name,
@@ -107,12 +114,11 @@ def first_that_fits(tutorial: Tutorial, machine: Machine) -> Optional[Plan]:
 
 def methods(tutorial: Tutorial, machine: Machine) -> List[str]:
     """Those that the machine can do, the best first."""
-    korean = tutorial.kind == "llama3_1"  # LoRA on 4 bit is that script's default
     if machine.platform == "CPU":
         return ["full"] if tutorial.disk < SMALL or tutorial.directory else []
     if machine.platform == "MoAI":  # it splits model and batch by itself; bitsandbytes is not made for it
-        return ["lora"] if korean else ["full", "lora"]
-    return ["lora_4bit"] if korean else list(METHODS)
+        return ["lora"] if tutorial.kind in LORA_BY_DEFAULT else ["full", "lora"]
+    return ON_A_GPU.get(tutorial.kind, list(METHODS))
 
 
 def first_way(tutorial: Tutorial, method: str, machine: Machine) -> Way:
@@ -165,6 +171,4 @@ def own_model(directory: str) -> Tutorial:
 
 
 def _options(tutorial: Tutorial, way: Way) -> str:
-    if tutorial.kind == "llama3_1":
-        return " --no-quantization" if way.method == "lora" else ""
-    return OPTIONS[way.method]
+    return LORA_BY_DEFAULT.get(tutorial.kind, OPTIONS)[way.method]

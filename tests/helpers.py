@@ -31,7 +31,8 @@ needs_float16 = pytest.mark.skipif(
 )
 # transformers before 4.43 has no Llama 3.1, nor its stand-in
 HAS_LLAMA3_1 = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 43)
-KINDS = ["llama2", "mistral", "llama3", "gpt", "smollm2"] + ["llama3_1"] * HAS_LLAMA3_1  # of stand-ins
+HAS_QWEN3 = tuple(map(int, version("transformers").split(".")[:2])) >= (4, 51)
+KINDS = ["llama2", "mistral", "llama3", "gpt", "smollm2"] + ["llama3_1"] * HAS_LLAMA3_1 + ["qwen3"] * HAS_QWEN3
 needs_bitsandbytes = pytest.mark.skipif(not quantizes(), reason="needs a bitsandbytes that quantizes on a CPU")
 
 # ------------------------------------------------------------------------------------------------ a reader's mistakes

@@ -24,7 +24,8 @@ from model.adapters import add_lora
 from model.loading import load_model, save_model
 from model.tiny import write_tiny
 
-KINDS = ["llama2", "llama3", "llama3_1", "mistral", "gpt", "smollm2"]
+KINDS = ["llama2", "llama3", "llama3_1", "mistral", "gpt", "smollm2", "qwen3"]
+NEEDS = {"llama3_1": (4, 43), "qwen3": (4, 51)}  # releases of transformers
 TEXT = "Summarize: the harbour town of Velmora 안녕하세요 def f(x): return x + 1"
 CPU = torch.device("cpu")
 
@@ -58,12 +59,12 @@ def write(results: Path) -> None:
 
 
 def read(results: Path) -> None:
-    newer = tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 43)
+    release = tuple(map(int, transformers.__version__.split(".")[:2]))
     checked = 0
     for place in sorted(results.glob("*-*")):
         kind, how = place.name.split("-")
-        if kind == "llama3_1" and not newer:
-            print(f"{place.name}: not opened, Llama 3.1 needs transformers 4.43")
+        if release < NEEDS.get(kind, release):
+            print(f"{place.name}: not opened, it needs transformers {'.'.join(map(str, NEEDS[kind]))}")
             continue
         expected = torch.load(place / "expected.pt")
         require_model(str(place))
@@ -80,7 +81,7 @@ def read(results: Path) -> None:
         assert load_tokenizer(str(place))(TEXT)["input_ids"] == expected["ids"], f"{place.name}: other tokens"
         assert transformers.AutoTokenizer.from_pretrained(place)(TEXT)["input_ids"] == expected["ids"], place.name
         checked += 1
-    assert checked >= len(KINDS) * 3 - 3
+    assert checked == 3 * sum(release >= NEEDS.get(kind, release) for kind in KINDS)
     print(f"{checked} results opened by transformers {transformers.__version__}: the same logits and tokens")
 
 

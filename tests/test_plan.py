@@ -81,6 +81,14 @@ def test_bytes_of_each_method():
     assert float32.weights == 4 * numbers + 4 * adapter  # on a CPU without bfloat16
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_plan_draws_no_random_number(method):
+    """So that one seed is one result, planned or not."""
+    state = torch.get_rng_state()
+    plan(transformers.LlamaConfig(**{**SMALL, "vocab_size": 511 if method == "full" else 510}), Way(method))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_several_processes_share():
     llama2 = config_of_kind("llama2")
     one, eight = (plan(llama2, Way("full", True, 4096, device="cuda", processes=count)) for count in (1, 8))

@@ -87,16 +87,16 @@ def test_help_and_a_mistyped_option_are_answered_before_torch_is_imported(script
         assert done.stderr == line
 
 
-def test_the_seven_train_scripts_end_alike():
+def test_the_eight_train_scripts_end_alike():
     """A learner who has read one has read them all; whoever copies one finds the same lines in each."""
     tails = {}
     for path in (ROOT / "tutorial").glob("train_*.py"):
         _, tail = path.read_text(encoding="utf-8").split("    require_model(")
         tails[path.name] = tail
-    assert len(tails) == 7 and len(set(tails.values())) == 1
+    assert len(tails) == 8 and len(set(tails.values())) == 1
 
 
-def test_the_six_downloads_from_the_hub_end_alike():
+def test_the_seven_downloads_from_the_hub_end_alike():
     tails = set()
     for path in (ROOT / "tutorial").glob("download_*.py"):
         if path.name != "download_smollm2.py":

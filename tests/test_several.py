@@ -264,7 +264,9 @@ def test_the_first_one_alone_prints(several):
     assert len(re.findall(r"^\[Step \d+/\d+\] \| Loss:", text, re.M)) == total
     assert text.count("Model saved in") == len(CASES) + len(CUT)
     assert f"the largest of {len(seen(several, 'llama'))} processes" in text
-    errors = [line for line in re.split(r"[\n\r]", (several / "errors").read_text()) if "step/s" not in line]
+    errors = [
+        line for line in re.split(r"[\n\r]", (several / "errors").read_text()) if not re.search("step/s|s/step", line)
+    ]
     errors = [line for line in errors if line.strip() and "torch/distributed/run.py" not in line]
     assert not [line for line in errors if "Writing model shards" not in line and "Loading weights" not in line], errors
 
@@ -473,3 +475,23 @@ def test_memory_that_gives_out_in_one_process(alone, work, one):
     run = json.loads((work / "llama3_summarization" / "run.json").read_text())
     assert run["options"]["micro_batch_tokens"] == int(found[1])
     assert not list((work / "llama3_summarization").glob(".*"))
+
+
+@needs_fsdp2
+@pytest.mark.slow
+def test_each_process_drops_something_else_and_goes_on_with_it(work):
+    """Dropout: a run of two that is cut ends, on two, as if it had never been cut, to the last bit."""
+    words = f"{TRAIN.replace(f'--max-train-steps {STEPS}', '--max-train-steps 9')} {LORA} --lora-dropout 0.2".split()
+    assert torchrun(2, APART, "none", "x", *words, "--save-dir", "whole", cwd=work).returncode == 0
+    ours(torchrun(2, APART, 1, "9 -torch:Tensor.backward 7.1", *words, "--save-dir", "cut", cwd=work))
+    states = {name: {"cpu": torch.empty_like(torch.get_rng_state())} for name in ("random", "random_of_1")}
+    from torch.distributed.checkpoint import load
+
+    load(states, checkpoint_id=str(work / "cut" / "checkpoint-4"))
+    assert not torch.equal(states["random"]["cpu"], states["random_of_1"]["cpu"])
+    done = torchrun(2, APART, "none", "x", *words, "--save-dir", "cut", cwd=work)
+    assert "Continuing from step 4 of 9" in done.stdout, done.stderr
+    whole, cut = adapter_weights(work / "whole"), adapter_weights(work / "cut")
+    assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
+    logs = [[line.get("loss", line.get("held_out_loss")) for line in records(work / name)] for name in ("whole", "cut")]
+    assert logs[0] == logs[1]

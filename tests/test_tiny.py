@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common import UserError
 from model import tiny
 from model.tiny import write_tiny
-from tests.helpers import HAS_LLAMA3_1, KINDS
+from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 OLD_TOKENIZERS = tuple(map(int, tokenizers_package.__version__.split(".")[:3])) < (0, 20, 1)  # its pull request 1640
@@ -75,10 +75,16 @@ def check_conventions(kind, tokenizer):
     elif kind == "gpt":
         assert named == ("<|endoftext|>", "<|endoftext|>", None, "<|endoftext|>")
         assert tokenizer.eos_token_id == last == tokenizer.vocab_size - 1
+    elif kind == "qwen3":
+        size = tokenizer.vocab_size
+        assert named == (None, "<|im_end|>", "<|endoftext|>", None)
+        own = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+        assert [tokens[size + offset] for offset in range(5)] == own
+        assert not {tokenizer.convert_tokens_to_ids("<think>")} & {*tokenizer.all_special_ids}  # text may have it
     else:
         assert named == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")
         assert [tokens[i] for i in range(4)] == ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "!"]
-    if kind in ("llama3", "llama3_1", "gpt"):
+    if kind in ("llama3", "llama3_1", "gpt", "qwen3"):
         assert tokens[0] == "!" and tokenizer.decode([0]) == "!"
         assert ids[-1] == 0
     for text in tokenizer.all_special_tokens:  # written in a text, each is one id (so never write one in a text)
@@ -145,13 +151,14 @@ def test_llama3_splits_words_and_numbers_as_the_real_one(tokenizers):
 
 
 def check_model(kind, model, size):
-    config, names = model.config, {"mistral": "MistralForCausalLM", "gpt": "GPT2LMHeadModel"}
-    assert type(model).__name__ == names.get(kind, "LlamaForCausalLM")
+    config, names = model.config, {"mistral": "Mistral", "gpt": "GPT2LMHead", "qwen3": "Qwen3"}
+    assert type(model).__name__ in (f"{names.get(kind, 'Llama')}ForCausalLM", f"{names.get(kind)}Model")
     positions = {"llama2": 4096, "mistral": 32768, "llama3": 8192, "llama3_1": 131072, "gpt": 2048, "smollm2": 8192}
+    positions["qwen3"] = 262144
     assert config.max_position_embeddings == positions[kind]
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (64, 2, 4)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert tied == (kind in ("gpt", "smollm2"))
+    assert tied == (kind in ("gpt", "smollm2", "qwen3"))
     assert model.get_input_embeddings().weight.shape[0] == config.vocab_size == size
     if kind == "gpt":
         assert config.activation_function == "gelu"
@@ -160,15 +167,17 @@ def check_model(kind, model, size):
     assert config.num_key_value_heads == (4 if kind == "llama2" else 2)
     assert getattr(config, "sliding_window", None) == (4096 if kind == "mistral" else None)
     # where the frequencies are kept and named differs between versions, so look at the numbers themselves
-    theta = {"llama3": 500000.0, "llama3_1": 500000.0, "smollm2": 100000.0}.get(kind, 10000.0)
-    expected = [theta ** (-2 * i / 16) for i in range(8)]
+    theta = {"llama3": 5e5, "llama3_1": 5e5, "smollm2": 1e5, "qwen3": 5e6}.get(kind, 10000.0)
+    head = 32 if kind == "qwen3" else 16  # Qwen3's heads are wider than their share of the width
+    assert model.get_decoder().layers[0].self_attn.q_proj.weight.shape == (4 * head, 64)
+    expected = [theta ** (-2 * i / head) for i in range(head // 2)]
     if kind == "llama3_1":  # unchanged up to 8192 / 4 positions a turn, 8 times slower from 8192 on
         wanted = [f / 8 if 2 * math.pi / f > 8192 else f for f in expected]
         keep = [i for i, f in enumerate(expected) if not 2048 <= 2 * math.pi / f <= 8192]
         assert {wanted[i] == expected[i] for i in keep} == {True, False}
         expected = wanted
     else:
-        keep = list(range(8))
+        keep = list(range(head // 2))
     found = [buffer.float() for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
     assert found
     for frequencies in found:
@@ -324,6 +333,13 @@ def test_llama3_1_is_refused_exactly_where_the_real_one_would_not_load(tmp_path)
         with pytest.raises(UserError, match="transformers>=4.43"):
             write_tiny("llama3_1", tmp_path / "llama3.1-8b")
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(HAS_QWEN3, reason="this transformers has Qwen3")
+def test_qwen3_is_refused_where_the_real_one_would_not_load(tmp_path):
+    with pytest.raises(UserError, match="transformers>=4.51"):
+        write_tiny("qwen3", tmp_path / "qwen3-4b")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_have_the_form_that_old_and_new_libraries_read(stand_ins):

@@ -31,7 +31,8 @@ class Page(NamedTuple):
     frame: tuple  # what stands before and after the text of a question
     question: str  # the begin of the script's own
     template: str
-    adapter: bool = False  # by default LoRA on a base in 4 bit, else all weights
+    adapter: bool = False  # by default LoRA, else all weights
+    bits: int = 0  # in which the base is
 
 
 NEWS, CODE = "cnn_dailymail", "python_code_instructions_18k_alpaca"
@@ -159,6 +160,28 @@ PAGES = {
         question="비 오는 날 집에서",
         template="korean_alpaca",
         adapter=True,
+        bits=4,
+    ),
+    "qwen3": Page(
+        packages="requirements_qwen3.txt",
+        download="download_qwen3.py",
+        model_dir="./qwen3-4b",
+        prepare="prepare_qwen3_dataset.py",
+        sample="korean_conversations",
+        dataset_file="./qwen3_dataset.pt",
+        block_size=2048,
+        train="train_qwen3.py --max-train-steps 8",  # 60 without
+        steps=8,
+        logged=(1, 2, 3, 4, 5, 6, 7, 8),
+        save_dir="./qwen3_korean_chat",
+        log_interval=1,
+        larger="train_qwen3.py",
+        batch_size=8,
+        inference="inference_qwen3.py",
+        frame=("user\n", "\nassistant\n"),
+        question="비 오는 날 집에서",
+        template="chat",
+        adapter=True,
     ),
     "smollm2": Page(
         packages="requirements_smollm2.txt",
@@ -211,7 +234,7 @@ def readme_defaults():
         found[f"dataset/{prepare}"] = {"dataset-name-or-path": "standard-library" if data == "Python" else data}
         of_train = re.fullmatch(
             r"(?P<batch>\d+), (?P<lr>[\d.e-]+)(?: \((?P<schedule>\w+), warm-up (?P<warmup>\d+)\))?, "
-            r"(?:(?P<epochs>\d+) epoch|(?P<steps>\d+) step)(?P<lora>, LoRA와 4비트)?",
+            r"(?:(?P<epochs>\d+) epoch|(?P<steps>\d+) step)(?P<lora>, LoRA(?P<bits>와 4비트)?)?",
             row["학습 기본값: 배치 행 수, lr, 학습량"],
         )
         told = of_train.groupdict()
@@ -223,7 +246,7 @@ def readme_defaults():
             "max-train-steps": told["steps"] or "by the epochs",
             "epochs": int(told["epochs"] or 1),
             "use-lora": str(bool(told["lora"])),
-            "load-in": "4 bit" if told["lora"] else "as it is stored",
+            "load-in": "4 bit" if told["bits"] else "as it is stored",
         }
         found.setdefault(f"tutorial/{inference}", {})
     return found
@@ -250,7 +273,7 @@ def all_defaults():
         train.update({**model, **data, "save-dir": page.save_dir, "log-interval": page.log_interval, **LORA})
         train["gradient-checkpointing"] = "auto"
         train["seed"] = 3407 if page.adapter else 0
-        train.setdefault("lr", 2e-5)  # of Llama 3.1, with --no-use-lora
+        train.setdefault("lr", 2e-5)  # of Llama 3.1 and Qwen3, with --no-use-lora
         inference.setdefault("model-name-or-path", page.save_dir)
     return {**found, **OTHERS}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common import less_memory
-from common.dataset_cache import held_out_questions, load_dataset
+from common.dataset_cache import ends_of, held_out_questions, load_dataset
 from common.model_directory import require_adapter
 from common.parser import COUNT, Parser, add_bits
 from common.tokenization import load_tokenizer
@@ -43,11 +43,12 @@ def main():
     questions = held_out_questions(dataset, args.dataset_name_or_path, tokenizer, args.rows)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
 
+    ends = ends_of(dataset["meta"], tokenizer)
     room = prompt_room(model, args.max_new_tokens)
     prompts = [prompt[:room] for prompt, _ in questions]
-    after = answer_ids(model, tokenizer, prompts, args.max_new_tokens)
+    after = answer_ids(model, tokenizer, prompts, args.max_new_tokens, ends)
     with model.disable_adapter():  # the same weights, asked without what was learned
-        before = answer_ids(model, tokenizer, prompts, args.max_new_tokens)
+        before = answer_ids(model, tokenizer, prompts, args.max_new_tokens, ends)
 
     for (_, reference), *ids in zip(questions, prompts, before, after):
         question, *answers = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in ids)

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
 from common import UserError, less_memory
-from common.dataset_cache import held_out_questions, load_dataset
+from common.dataset_cache import ends_of, held_out_questions, load_dataset
 from common.files import require_place, written_whole
 from common.model_directory import base_of, require_model, run_of
 from common.parser import COUNT, Parser, add_bits
@@ -87,7 +87,7 @@ def main():
         )
     questions = held_out_questions(dataset, args.dataset_name_or_path, tokenizer, args.rows)
     prompts, references = ([question[part] for question in questions] for part in (0, 1))
-    score = score_of(dataset["meta"]["template"])
+    score, ends = score_of(dataset["meta"]["template"]), ends_of(dataset["meta"], tokenizer)
     static_length = dataset["meta"]["block_size"] if accelerator.static_shapes else 0
     batches = Batches(dataset["validation"], args.batch_rows, accelerator.micro_batch_tokens, static_length)
 
@@ -96,7 +96,7 @@ def main():
 
     def measure(model, when):
         longest = args.max_new_tokens if score else 0
-        return perplexity_and_answers(model, tokenizer, batches, prompts, longest, accelerator, when)
+        return perplexity_and_answers(model, tokenizer, batches, prompts, longest, accelerator, when, ends)
 
     base = base_of(args.model_name_or_path)
     if base != args.model_name_or_path and base == args.base_model_name_or_path:  # an adapter on that base

@@ -1,0 +1,218 @@
+"""Files of conversations, by the reader's own commands: every prepare script takes them."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+
+from common.dataset_cache import held_out_questions
+from common.tokenization import load_tokenizer
+from tests.conftest import ROOT
+from tests.helpers import contents, parquet, tells
+from tests.test_chat import CHATML, GEMMA, HEADERS, THINKS, by_library, talk
+from tests.tutorials import HELD_OUT_ROWS, ROWS
+
+SCRIPTS = sorted(path.name for path in (ROOT / "dataset").glob("prepare_*.py"))
+OWN = "--model-name-or-path ./llama3-8b --block-size 128 --save-path new.pt"
+PLAIN = HEADERS.replace("DATE", "")
+NO_SYSTEM = GEMMA.replace("<start_of_turn>", "<|start_header_id|>").replace("<end_of_turn>", "<|eot_id|>")
+ENDS_SOME = PLAIN.replace("'<|eot_id|>'", "('<|eot_id|>' if messages[0].content != 'b' else '')")
+PREPARE = f"python dataset/prepare_smollm2_dataset.py {OWN}"
+TALKS = [talk(f"질문 {n}", f"답 {n}", "그리고?", f"끝 {n}", system="짧게." if n % 2 else None) for n in range(40)]
+
+
+def give_template(folder, template=PLAIN):
+    path = folder / "llama3-8b" / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**settings, "chat_template": template}), encoding="utf-8")
+    return load_tokenizer(str(folder / "llama3-8b"))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def ids_of(split):
+    return [part.tolist() for part in split["input_ids"].split(split["lengths"].tolist())]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_prepare_script_takes_conversations(script, ready, warm):
+    tokenizer = give_template(ready)
+    write(ready / "talks.jsonl", [{"id": n, "messages": messages} for n, messages in enumerate(TALKS)])
+    done = warm(f"python dataset/{script} {OWN} --dataset-name-or-path talks.jsonl", cwd=ready)
+    assert "train: 38 rows, " in done.stdout and "0 prompts cut, 0 answers cut, 0 rows without" in done.stdout
+    dataset = torch.load(ready / "new.pt")
+    assert dataset["meta"]["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|eot_id|>") != tokenizer.eos_token_id
+    assert dataset["meta"]["template"] == "chat" and dataset["meta"]["counts"]["train"]["conversations"] == 38
+    held_out = TALKS[19::20]
+    assert ids_of(dataset["validation"]) == [by_library(tokenizer, messages) for messages in held_out]
+    assert ids_of(dataset["train"])[5] == by_library(tokenizer, TALKS[5])
+    learned = dataset["validation"]["input_ids"][dataset["validation"]["loss_mask"]].tolist()
+    assert tokenizer.decode(learned) == "".join(f"답 {n}<|eot_id|>끝 {n}<|eot_id|>" for n in (19, 39))
+
+
+def test_all_forms_of_a_file_make_the_same(ready, warm):
+    give_template(ready)
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    sharegpt = [[{"from": names[one["role"]], "value": one["content"]} for one in messages] for messages in TALKS]
+    write(ready / "1.jsonl", [{"messages": messages} for messages in TALKS])
+    write(ready / "2.jsonl", [{"conversations": messages} for messages in sharegpt])
+    write(ready / "3.jsonl", [{"대화": messages, "messages": None} for messages in TALKS])
+    (ready / "4.json").write_text(json.dumps([{"messages": messages, "tools": None} for messages in TALKS]))
+    (ready / "5.parquet").write_bytes(parquet([{"messages": messages} for messages in TALKS]))
+    made = []
+    for name, words in {
+        "1.jsonl": "",
+        "2.jsonl": "",
+        "3.jsonl": "--columns messages=대화",
+        "4.json": "",
+        "5.parquet": "",
+    }.items():
+        warm(f"{PREPARE} --dataset-name-or-path {name} {words}", cwd=ready)
+        made.append(torch.load(ready / "new.pt")["meta"]["sha256"])
+    assert all(one == made[0] for one in made)
+
+
+def test_rows_of_the_hub(ready, warm, warm_hub, tmp_path):
+    give_template(ready)
+    (tmp_path / "train.parquet").write_bytes(parquet([{"messages": messages} for messages in TALKS]))
+    warm_hub.repos["datasets"] = {"owner/talks": {"train.parquet": (tmp_path / "train.parquet").read_bytes()}}
+    try:
+        done = warm(f"{PREPARE} --dataset-name-or-path owner/talks", cwd=ready)
+    finally:
+        warm_hub.repos["datasets"] = {}
+    assert "train: 38 rows, " in done.stdout and torch.load(ready / "new.pt")["meta"]["template"] == "chat"
+
+
+def test_rows_that_have_what_the_template_asks_for_stay_questions_and_answers(ready, warm):
+    """A conversation beside them changes nothing; whoever wants it says so."""
+    row = {"instruction": "q", "input": "", "output": "a"}
+    write(ready / "with.jsonl", [{**row, "messages": TALKS[0]}] * 3)
+    write(ready / "without.jsonl", [row] * 3)
+    made = []
+    for name in ("with", "without"):
+        warm(f"{PREPARE} --dataset-name-or-path {name}.jsonl", cwd=ready)
+        made.append(torch.load(ready / "new.pt")["meta"])
+    assert made[0]["sha256"] == made[1]["sha256"] and made[0]["template"] == "alpaca"
+    assert "conversations" not in made[0]["counts"]["train"]
+
+
+def test_a_row_for_each_answer_is_said(ready, warm):
+    give_template(ready, THINKS.replace("im_start", "start_header_id").replace("im_end", "eot_id"))
+    thought = "<think>\nhm\n</think>\n\n"
+    write(ready / "talks.jsonl", [{"messages": talk("a", thought + "b", "c", thought + "d")}] * 3)
+    done = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready)
+    assert "train: 6 rows, one for each answer of 3 conversations, " in done.stdout
+    counts = torch.load(ready / "new.pt")["meta"]["counts"]["train"]
+    assert (counts["rows"], counts["conversations"]) == (6, 3)
+
+
+def test_conversations_are_shown_with_each_answer_in_brackets(ready, warm):
+    give_template(ready)
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in [*TALKS[:2], talk("a")]])
+    said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --show 3", cwd=ready).stdout
+    assert "<|end_header_id|>\n\n[답 0<|eot_id|>]<|start_header_id|>user" in said and "\n\n[끝 1<|eot_id|>]\n" in said
+    assert "--- row 3: no answer, it is dropped" in said and "1 rows without an answer dropped" in said
+
+
+def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):
+    tokenizer = give_template(ready)
+    write(ready / "talks.jsonl", [{"messages": [*messages, *talk("고마워.")]} for messages in TALKS])
+    warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready)
+    questions = held_out_questions(torch.load(ready / "new.pt"), "new.pt", tokenizer, 9)
+    assert len(questions) == 2
+    for (prompt, answer), number in zip(questions, (19, 39)):
+        assert prompt == by_library(tokenizer, TALKS[number][:-1], add_generation_prompt=True)
+        assert answer == f"끝 {number}"
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_many_are_the_same_from_any_number_of_processes(processes, ready, warm):
+    give_template(ready)
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in TALKS] * 40)
+    limit = ready / "limit.py"
+    limit.write_text(
+        "import os, runpy, sys\n"
+        f"os.sched_getaffinity = lambda _: set(range({processes}))\n"
+        "sys.argv = sys.argv[1:]\nsys.path.insert(0, 'dataset')\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    warm(f"python limit.py {PREPARE[len('python ') :]} --dataset-name-or-path talks.jsonl", cwd=ready)
+    tokenizer, split = load_tokenizer(str(ready / "llama3-8b")), torch.load(ready / "new.pt")["train"]
+    expected = {n: by_library(tokenizer, messages) for n, messages in enumerate(TALKS)}
+    kept = [n % 40 for n in range(1600) if (n + 1) % 20]
+    assert ids_of(split) == [expected[n] for n in kept]
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "said"),
+    [
+        ("", [TALKS[0]], ["llama3-8b", "no chat template", "base model", "Instruct"]),
+        (
+            CHATML,
+            [TALKS[0]],
+            ["llama3-8b", "ends no answer with a token"],
+        ),  # its tokens are not those of the tokenizer
+        (NO_SYSTEM, [TALKS[0], TALKS[1]], ["talks.jsonl, line 2", "System role", "before the first user message"]),
+        (ENDS_SOME, [talk("a", "b"), talk("b", "c")], ["talks.jsonl, line 2", "ends no answer"]),
+        (HEADERS.replace("DATE", "{{ raise_exception('No,\nnever.') }}"), [TALKS[0]], ["chat template", "No, never."]),
+        ("{% for m in messages %}", [TALKS[0]], ["chat template", "llama3-8b"]),
+        (None, [TALKS[0], [{"role": "bot", "content": "a"}]], ["talks.jsonl, line 2", "'bot'"]),
+        (None, [TALKS[0], [{"role": "user", "content": [{"type": "text"}]}]], ["line 2", "message 1", "list of parts"]),
+        (None, [talk("a")], ["talks.jsonl", "no rows with an answer"]),
+        (None, [talk("a", "b", system="long " * 200)], ["line 1", "block of 128 tokens", "--block-size"]),
+    ],
+)
+def test_conversations_that_cannot_be_used(template, rows, said, ready, warm):
+    give_template(ready, *[template] * (template is not None))
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in rows])
+    before = contents(ready)
+    tells(warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready, ok=None), *said)
+    assert contents(ready) == before
+
+
+def test_rows_of_another_kind_are_said(ready, warm):
+    give_template(ready)
+    good = {"messages": TALKS[0]}
+    for row, said in {
+        '{"text": "a"}': "no column 'messages'; it has: text",
+        '{"instruction": "a"}': "no column 'output'",
+    }.items():
+        write(ready / "talks.jsonl", [good, json.loads(row)])
+        tells(warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready, ok=None), "line 2", said)
+    write(ready / "talks.jsonl", [good])
+    for words in ("messages=talk", "mesages=messages"):
+        done = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --columns {words}", cwd=ready, ok=None)
+        tells(done, f"--columns {words}")
+
+
+# ------------------------------------------------------------------------------------------------ the samples
+
+
+def test_the_sample_conversations_are_what_is_said_of_them():
+    rows = {
+        split: [
+            json.loads(line)["messages"]
+            for line in (ROOT / "dataset" / "samples" / "korean_conversations" / f"{split}.jsonl")
+            .read_text(encoding="utf-8")
+            .splitlines()
+        ]
+        for split in ("train", "validation")
+    }
+    assert {split: len(some) for split, some in rows.items()} == {"train": ROWS, "validation": HELD_OUT_ROWS}
+    seen = set()
+    for some in rows.values():
+        turns = [[one["role"] for one in messages if one["role"] != "system"] for messages in some]
+        assert all(roles == ["user", "assistant"] * (len(roles) // 2) for roles in turns)
+        assert sum(len(roles) > 2 for roles in turns) == len(some) // 2
+        assert 3 < sum(messages[0]["role"] == "system" for messages in some) < len(some) // 2
+        for messages in some:
+            first = next(one["content"] for one in messages if one["role"] == "user")
+            assert first not in seen and not seen.add(first)
+            for one in messages:
+                assert one.keys() == {"role", "content"} and one["content"] == one["content"].strip()
+                assert re.search("[가-힣]", one["content"]) or one["content"].isascii()

@@ -1,0 +1,204 @@
+"""What has learned from conversations: it ends its turns by the template's token, in our scripts and in other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from common.dataset_cache import held_out_questions
+from common.tokenization import load_tokenizer
+from tests.conftest import environment, lay_out
+from tests.helpers import HAS_QWEN3, quantizes, tells
+from tests.test_chat import talk
+from tests.test_chat_files import PLAIN, give_template, write
+
+TALK = talk("제주도 날씨는?", "맑아요.", "그럼 서울은?", "비가 와요.", system="날씨만 말해.")
+ALONE = talk("그럼 서울은?", "무엇을요?", system="날씨만 말해.")  # the same question, without what was said before
+SILENT = [*TALK[:2], TALK[3], {"role": "assistant", "content": "둘 다요?"}]  # without the answer that was given
+PREPARE = "python dataset/prepare_llama3_dataset.py --block-size 128 --dataset-name-or-path talks.jsonl"
+MEMORIZE = "--batch-size 16 --max-train-steps 90 --lr 6e-3 --lr-scheduler linear --warmup-steps 5 --log-interval 30"
+ASK = "python tutorial/inference_qwen3.py --max-new-tokens 40"
+QWEN3 = "python dataset/prepare_qwen3_dataset.py"
+
+
+@pytest.fixture(scope="module")
+def memorized(base, warm, tmp_path_factory):
+    """A folder in which Llama3's stand-in has learned three conversations by heart. Its template ends a turn by another
+    token than the tokenizer's end token."""
+    folder = lay_out(tmp_path_factory.mktemp("memorized") / "work")
+    shutil.copytree(base / "llama3-8b", folder / "llama3-8b")
+    give_template(folder)
+    write(folder / "talks.jsonl", [{"messages": messages} for messages in (ALONE, TALK, SILENT, TALK)] * 10)
+    warm(PREPARE, cwd=folder)
+    warm(f"python tutorial/train_llama3.py {MEMORIZE} --save-dir ./chat", cwd=folder)
+    return folder
+
+
+def test_the_end_of_a_turn_is_the_end_token_of_the_result(memorized):
+    tokenizer = load_tokenizer(str(memorized / "chat"))
+    settings = json.loads((memorized / "chat" / "generation_config.json").read_text(encoding="utf-8"))
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert settings["eos_token_id"] == end != tokenizer.eos_token_id
+    assert tokenizer.chat_template == PLAIN  # and the template comes along
+    run = json.loads((memorized / "chat" / "run.json").read_text(encoding="utf-8"))
+    assert (run["dataset"]["template"], run["dataset"]["end_of_turn"]) == ("chat", end)
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["--prompt", "제주도 날씨는?", "--system", "날씨만 말해."], "맑아요."),
+        (["--prompt", "그럼 서울은?", "--system", "날씨만 말해."], "무엇을요?"),
+        ([], None),  # the script's own question: no terminal is there
+    ],
+)
+def test_a_question_is_asked_by_the_template_and_the_answer_ends_by_itself(words, answer, memorized, warm):
+    said = warm(ASK, "--model-name-or-path", "./chat", *words, cwd=memorized).stdout
+    if answer:
+        assert said.endswith(f"system\n\n날씨만 말해.user\n\n{words[1]}assistant\n\n\n{answer}\n"), said
+    else:
+        assert "user\n\n비 오는 날 집에서" in said
+
+
+def in_terminal(command, *typed, cwd):
+    """What a terminal shows while these lines are typed, each when it is asked for."""
+    master, slave = pty.openpty()
+    arguments = [sys.executable, *shlex.split(command)[1:]]
+    env = environment(HF_HOME=str(cwd / ".hf_home"), PYTHONUTF8="1")
+    process = subprocess.Popen(arguments, cwd=cwd, env=env, stdin=slave, stdout=slave, stderr=slave)
+    os.close(slave)
+    shown, left, deadline = b"", list(typed), time.time() + 120
+    while time.time() < deadline:
+        try:
+            if select.select([master], [], [], 1)[0]:
+                shown += os.read(master, 4096)
+        except OSError:  # it has ended
+            break
+        if left and shown.count(b"\n> ") == len(typed) - len(left) + 1:
+            os.write(master, left.pop(0))
+    os.close(master)
+    assert process.wait(60) == 0 and not left
+    return shown.decode("utf-8").replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("end", [b"\n", b"  \n", b"\x04"], ids=["empty line", "spaces", "Ctrl-D"])
+def test_a_conversation_goes_on_until_an_empty_line(end, memorized):
+    """What was said before is part of the next question, as it was learned."""
+    typed = "제주도 날씨는?\n".encode(), "그럼 서울은?\n".encode(), end
+    shown = in_terminal(f"{ASK} --model-name-or-path ./chat --system '날씨만 말해.'", *typed, cwd=memorized)
+    assert "An empty line ends the conversation.\n" in shown
+    assert "\n> 제주도 날씨는?\n맑아요.\n\n> 그럼 서울은?\n비가 와요.\n\n> " in shown, shown
+
+
+def test_other_tools_stop_there_too(memorized):
+    """Plain transformers, by what lies in the directory alone."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(memorized / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(memorized / "chat")
+    text = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    assert tokenizer.decode(answer) == "비가 와요.<|eot_id|>"
+
+
+def test_scripts_that_ask_in_another_format_refuse_and_name_the_one_that_can(memorized, warm):
+    done = warm("python tutorial/inference_llama3.py --model-name-or-path ./chat", cwd=memorized, ok=None)
+    tells(done, "./chat was trained on prompts of the template chat", "tutorial/inference_qwen3.py")
+
+
+def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memorized, warm):
+    tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
+    (prompt, reference), *_ = held_out_questions(dataset, "it", tokenizer, 2)
+    text = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
+    assert (tokenizer.decode(prompt), reference) == (text, "비가 와요.")
+    done = warm("python tutorial/evaluate.py --model-name-or-path ./chat --rows 2", cwd=memorized)
+    assert "Perplexity" in done.stdout
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_answers_of_a_chat_end_by_themselves(ends, memorized):
+    from common.accelerator import start_accelerator
+    from common.batching import Batches
+    from common.dataset_cache import ends_of
+    from model.generation import answer_ids, perplexity_and_answers
+    from model.loading import load_model
+
+    accelerator = start_accelerator(0)
+    tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
+    prompts = [prompt for prompt, _ in held_out_questions(dataset, "it", tokenizer, 2)]
+    model = load_model(str(memorized / "chat"), accelerator.device)
+    batches = Batches(dataset["validation"], 2, 1024)
+    known = ends_of(dataset["meta"], tokenizer) if ends else []
+    _, answers = perplexity_and_answers(model, tokenizer, batches, prompts, 20, accelerator, "asked", known)
+    assert [ended for _, ended in answers] == [ends, ends]
+    assert [text == "비가 와요." for text, _ in answers] == [ends, ends]
+    (one, _) = answer_ids(model, tokenizer, prompts, 20, known)
+    assert len(one) == 20 or ends
+
+
+def test_an_adapter_and_what_is_merged_of_it(memorized, tmp_path, warm):
+    pytest.importorskip("peft")
+    folder = lay_out(tmp_path / "work")
+    for name in ("llama3-8b", "llama3_dataset.pt"):
+        (folder / name).symlink_to(memorized / name)
+    warm(f"python tutorial/train_llama3.py --use-lora {MEMORIZE} --max-train-steps 2 --save-dir ./adapter", cwd=folder)
+    said = warm(ASK, "--prompt", "a", "--model-name-or-path", "./adapter", cwd=folder).stdout
+    assert "prompts as in chat" in said
+    words = "--model-name-or-path ./adapter --save-dir ./merged"
+    warm(f"python tutorial/merge_adapter.py {words}", cwd=folder)
+    settings = json.loads((folder / "merged" / "generation_config.json").read_text(encoding="utf-8"))
+    assert settings["eos_token_id"] == load_tokenizer(str(folder / "merged")).convert_tokens_to_ids("<|eot_id|>")
+    words = "--model-name-or-path ./adapter --dataset-name-or-path ./llama3_dataset.pt --rows 1 --max-new-tokens 4"
+    assert "비가 와요." in warm(f"python tutorial/compare_adapter.py {words}", cwd=folder).stdout
+
+
+def test_a_base_model_without_a_template_is_refused(base, warm):
+    done = warm(ASK, "--model-name-or-path", "./llama3-8b", cwd=base, ok=None)
+    tells(done, "./llama3-8b", "no chat template", "Instruct")
+
+
+# ------------------------------------------------------------------------------------------------ Qwen3's tutorial
+
+
+@pytest.mark.skipif(not HAS_QWEN3, reason="transformers before 4.51 has no Qwen3")
+def test_instructions_become_conversations_of_two_turns(folder, warm):
+    """The tutorial's data on the hub has the columns of the samples."""
+    warm("python tutorial/download_qwen3.py --tiny", cwd=folder)
+    warm(f"{QWEN3} --dataset-name-or-path dataset/samples/korean_safe_conversation", cwd=folder)
+    dataset, tokenizer = torch.load(folder / "qwen3_dataset.pt"), load_tokenizer(str(folder / "qwen3-4b"))
+    lines = (folder / "dataset/samples/korean_safe_conversation/train.jsonl").read_text(encoding="utf-8").splitlines()
+    assert dataset["meta"]["template"] == "chat" and len(dataset["train"]["lengths"]) == len(lines)
+    offsets, inputs = dataset["train"]["offsets"].tolist(), 0
+    for number, line in enumerate(lines):
+        row, (begin, end) = json.loads(line), offsets[number : number + 2]
+        ids, mask = (dataset["train"][part][begin:end] for part in ("input_ids", "loss_mask"))
+        question = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
+        inputs += bool(row["input"])
+        frame = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{row['output']}<|im_end|>\n"
+        assert tokenizer.decode(ids) == frame
+        assert tokenizer.decode(ids[mask]) == f"{row['output']}<|im_end|>"
+    assert inputs
+    done = warm(f"{QWEN3} --dataset-name-or-path dataset/samples/cnn_dailymail", cwd=folder, ok=None)
+    tells(done, "line 1", "no column 'messages'", "article, highlights")
+
+
+@pytest.mark.skipif(not HAS_QWEN3 or not quantizes(), reason="needs Qwen3 and a bitsandbytes that quantizes on a CPU")
+def test_qwen3_in_4_bit_and_with_all_weights(folder, warm):
+    warm("python tutorial/download_qwen3.py --tiny", cwd=folder)
+    warm(f"{QWEN3} --dataset-name-or-path dataset/samples/korean_conversations/validation.jsonl", cwd=folder)
+    for words in ("--load-in-4bit", "--no-use-lora"):
+        warm(f"python tutorial/train_qwen3.py --max-train-steps 1 --eval-rows 0 {words}", cwd=folder)
+        said = warm(f"{ASK} --prompt 안녕하세요? --system 짧게.", cwd=folder).stdout
+        assert "system\n짧게.\nuser\n안녕하세요?\nassistant\n" in said
+        shutil.rmtree(folder / "qwen3_korean_chat")

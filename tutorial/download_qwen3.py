@@ -1,0 +1,25 @@
+"""Download Qwen3 4B Instruct (2507) from the Hugging Face hub; 10 GB of free disk are advised.
+
+    python tutorial/download_qwen3.py
+    python tutorial/download_qwen3.py --tiny
+
+It needs no token. An interrupted download goes on where it stopped. With --tiny, a stand-in with random weights is
+written to rehearse with, offline.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.arguments import download_arguments
+from model.tiny import download_or_stand_in
+
+
+def main():
+    args = download_arguments(__doc__, model_name="Qwen/Qwen3-4B-Instruct-2507", save_dir="./qwen3-4b")
+    download_or_stand_in(args, "qwen3")
+
+
+if __name__ == "__main__":
+    main()

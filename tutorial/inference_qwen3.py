@@ -1,0 +1,69 @@
+"""Talk with the fine-tuned Qwen3 4B, or with any model that has a chat template.
+
+    python tutorial/inference_qwen3.py
+    python tutorial/inference_qwen3.py --prompt "..." --system "..."
+    python tutorial/inference_qwen3.py --model-name-or-path ./qwen3-4b
+
+The first is a conversation in a terminal, until an empty line; its oldest exchanges are forgotten where the model has
+no room for more. The second asks one question, --system says how to answer. The third talks with the untrained model.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common import UserError
+from common.arguments import inference_arguments
+from common.conversation import chat
+from common.model_directory import require_model
+from common.text import text_of
+from common.tokenization import load_tokenizer
+
+QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
+TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --model-name-or-path."
+
+
+def main():
+    args = inference_arguments(__doc__, model_name_or_path="./qwen3_korean_chat", chat=True)
+    require_model(args.model_name_or_path, hint=TRAIN, template=chat)
+
+    # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.accelerator import start_accelerator
+    from common.chat import chat_of
+    from common.chat_rows import encode_question
+    from model.generation import prompt_room, stream_answer
+    from model.loading import load_model
+
+    accelerator = start_accelerator(args.seed)
+    tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    template = chat_of(tokenizer)  # the tokenizer's own, as in the training
+    ends = [template.end_of_turn(), tokenizer.eos_token_id]
+    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
+    room = prompt_room(model, args.max_new_tokens)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+
+    def answer_to(question: str, show_prompt: bool) -> None:
+        messages.append({"role": "user", "content": question})
+        prompt = encode_question(template, messages, room)
+        said = stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt)
+        messages.append({"role": "assistant", "content": said})
+
+    if args.prompt or not (sys.stdin and sys.stdin.isatty()):
+        return answer_to(args.prompt or QUESTION, True)
+    print("Ask, and go on asking. An empty line ends the conversation.")
+    for question in iter(typed, ""):
+        answer_to(question, False)
+
+
+def typed() -> str:
+    try:
+        return text_of(input("\n> ")).strip()
+    except EOFError:  # Ctrl-D
+        return ""
+    except UnicodeDecodeError:
+        raise UserError("What was typed is not UTF-8 text: set the terminal to UTF-8.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Fine-tune Qwen3 4B Instruct on Korean conversations.
+
+    python tutorial/train_qwen3.py
+    python tutorial/inference_qwen3.py --model-name-or-path ./qwen3_korean_chat
+
+Before it: tutorial/download_qwen3.py and dataset/prepare_qwen3_dataset.py. LoRA: the weights of the base stay
+as they are, in 16 bit, and small matrices beside each linear layer are trained and saved. --load-in-4bit for a smaller
+GPU, --no-use-lora to train every weight.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
+
+from common.arguments import train_arguments
+from common.checkpoints import Checkpoints
+from common.dataset_cache import load_dataset
+from common.model_directory import require_model
+from common.tokenization import load_tokenizer
+
+DOWNLOAD = "Run python tutorial/download_qwen3.py first."
+PREPARE = "Run python dataset/prepare_qwen3_dataset.py first."
+
+
+def main():
+    args = train_arguments(
+        __doc__,
+        model_name_or_path="./qwen3-4b",
+        dataset_name_or_path="./qwen3_dataset.pt",
+        save_dir="./qwen3_korean_chat",
+        max_train_steps=60,
+        batch_size=8,
+        block_size=2048,
+        use_lora=True,  # r 16, alpha 16, no dropout, every linear layer
+        lora_lr=2e-4,
+        lr=2e-5,  # with --no-use-lora
+        lr_scheduler="linear",
+        warmup_steps=5,
+        log_interval=1,
+        seed=3407,
+    )
+    require_model(args.model_name_or_path, hint=DOWNLOAD)
+    checkpoints = Checkpoints(args)  # a run that was cut goes on
+
+    # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.accelerator import start_accelerator
+    from common.optimizer import make_optimizer
+    from common.training import train
+    from model.fit import plan_training
+    from model.loading import load_to_train, save_model
+
+    # before the model is built: on MoAI Platform this turns automatic parallelization on
+    accelerator = start_accelerator(args.seed, args.deterministic)
+    plan = plan_training(args, accelerator, checkpoints.before)  # what fits, before anything is loaded
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
+    dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
+    model = load_to_train(args, accelerator)  # with its loss; every weight, or with --use-lora an adapter
+    optimizer = make_optimizer(model, args, accelerator)
+    run = train(model, optimizer, dataset, args, accelerator, checkpoints, plan)
+    save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=run)
+
+
+if __name__ == "__main__":
+    main()
