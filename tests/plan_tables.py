@@ -80,13 +80,17 @@ def memory(kind: str) -> str:
     return table(["GB (8장은 GPU마다)", "가중치", "gradient", "AdamW", "중간 계산", "최대"], rows)
 
 
+def name_of(kind: str) -> str:
+    return KINDS[kind].name.replace(", Korean", " 한국어").replace(", chat", " 대화")
+
+
 def memory_of_all() -> str:
     rows = []
-    for kind, tutorial in KINDS.items():
+    for kind in KINDS:
         off, _ = plans(kind, "full")
         peaks = [[gb(of.peak) for of in plans(kind, method)] for method in METHODS]
         shared = gb(plans(kind, "full", 8)[1].peak) if kind != "smollm2" else "-"
-        name = f"{tutorial.name.replace(', Korean', ' 한국어')}{' (CPU)' * (kind == 'smollm2')}"
+        name = name_of(kind) + " (CPU)" * (kind == "smollm2")
         rows.append([name, gb(off.state - off.program), *map(" / ".join, peaks), shared])
     head = ["GB", "전체 가중치: 가중치, gradient, AdamW", "전체 가중치, 최대", "LoRA, 최대", "4비트 + LoRA, 최대"]
     return table([*head, "전체 가중치를 8장에, 한 장의 최대"], rows)
@@ -104,11 +108,10 @@ def disk(kind: str) -> str:
 
 def disk_of_all() -> str:
     rows = []
-    for kind, tutorial in KINDS.items():
+    for kind in KINDS:
         full, lora, four = (plans(kind, method)[0] for method in METHODS)
         checkpoints = [gb(planned.checkpoint) for planned in (full, lora, four)]
-        name = tutorial.name.replace(", Korean", " 한국어")
-        rows.append([name, gb(full.result), gb(full.result), gb(lora.result), " / ".join(checkpoints)])
+        rows.append([name_of(kind), gb(full.result), gb(full.result), gb(lora.result), " / ".join(checkpoints)])
     head = ["GB", "모델", "결과", "LoRA의 결과", "체크포인트 하나: 전체 / LoRA / 4비트 + LoRA"]
     return table(head, rows)
 
