@@ -16,10 +16,14 @@ from transformers.pytorch_utils import Conv1D
 
 from common import UserError, reason_of
 from common.model_directory import raw_config
-from model.loss import CHUNK_ELEMENTS, CHUNK_ELEMENTS_ELSEWHERE
+from model.loss import chunk_of
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
 from model.reading import DTYPE
 from model.stored import bytes_of
+
+
+class NoPlan(UserError):
+    """The model can't be built from its config.json."""
 
 
 class Way(NamedTuple):
@@ -51,7 +55,7 @@ class Counts(NamedTuple):
 
 
 def count(config, way: Way) -> Counts:
-    """The counts of a model with this `config` (transformers'), trained this `way`. UserError where transformers can't
+    """The counts of a model with this `config` (transformers'), trained this `way`. NoPlan where transformers can't
     build it. Layers that are alike add the same each, so that two short models tell of any length."""
     if not can_count() or (way.method != "full" and not _has_peft()):
         return _by_rule(config, way)
@@ -73,13 +77,13 @@ def _counted(key: str, way: Way) -> Counts:
 
 
 def config_of(model_dir: str):
-    """transformers' config of a model's directory. UserError: there is none, or none that transformers knows."""
+    """transformers' config of a model's directory. NoPlan: there is none, or none that transformers knows."""
     if not raw_config(model_dir):
-        raise UserError(f"{model_dir} has no config.json: give the directory of a model, as download_* writes it.")
+        raise NoPlan(f"{model_dir} has no config.json: give the directory of a model, as download_* writes it.")
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # each way in which it can be wrong has a type of its own
-        raise UserError(f"transformers does not know the model of {model_dir}: {reason_of(error)}") from None
+        raise NoPlan(f"transformers does not know the model of {model_dir}: {reason_of(error)}") from None
 
 
 def can_checkpoint(config) -> bool:
@@ -89,7 +93,7 @@ def can_checkpoint(config) -> bool:
 
 
 def can_count() -> bool:
-    """torch 2.1 is the first that goes through a model on paper."""
+    """torch 2.1 is the first that can go through a model on paper."""
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 1)
 
 
@@ -99,11 +103,10 @@ _CONFIGS: dict = {}  # what the keys of the caches stand for
 def _has_peft() -> bool:
     from model.adapters import require_peft
 
-    try:
+    with contextlib.suppress(UserError):  # whoever trains is told
         require_peft()
-    except UserError:  # whoever trains is told
-        return False
-    return True
+        return True
+    return False
 
 
 def _key(config) -> str:
@@ -135,9 +138,7 @@ def _on_meta(config, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{DTYPE: dtype})
     except Exception as error:  # a config that fits no model fails in many ways
-        raise UserError(
-            f"transformers can't build the {config.model_type} of config.json: {reason_of(error)}"
-        ) from None
+        raise NoPlan(f"transformers can't build the {config.model_type} of config.json: {reason_of(error)}") from None
 
 
 @lru_cache(maxsize=None)
@@ -152,8 +153,8 @@ def _count(key: str, way: Way, layers: int) -> Counts:
     sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
     numbers, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     stored = (numbers - trained * (not full)) * _bytes_stored(config)
-    traced = True
     try:
+        traced = True
         kept = list(measure(model, max(1, way.tokens // way.length), way.length, way.dtype, _chunk(way)))
     except Exception:  # it asks for numbers, or for what fake tensors have not: errors of many types
         kept, traced = _rule_of_thumb(config, way, layers), False
@@ -202,7 +203,7 @@ def _by_rule(config, way: Way) -> Counts:
 
 
 def _chunk(way: Way) -> int:
-    return CHUNK_ELEMENTS.get(way.device, CHUNK_ELEMENTS_ELSEWHERE)
+    return chunk_of(torch.device(way.device))
 
 
 def _bytes_stored(config) -> int:

@@ -8,7 +8,7 @@ from typing import Iterator, Optional
 from common import UserError, processes
 from common.accelerator import Accelerator
 from common.memory import total_memory
-from model.counts import Way, can_checkpoint, can_count, config_of
+from model.counts import NoPlan, Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
 MOST = 0.95  # of the memory: the rest is lost between its pieces
@@ -23,14 +23,24 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
     args.micro_batch_tokens (0) become what fits the device's total memory, so that the same command is the same run.
 
     before: the state of a run that goes on (common.state), whose choice is kept. None where nothing can be said: on
-    MoAI Platform, which splits a model by itself, and with a torch that is too old. UserError where weights, gradients
-    and optimizer states alone are more than the device has, with the command that fits.
+    MoAI Platform, which splits a model by itself, with a torch that is too old, and of a model that can't be built
+    (loading it tells why). UserError where weights, gradients and optimizer states alone are more than the device has,
+    with the command that fits.
     """
-    if accelerator.static_shapes or not can_count():
-        args.gradient_checkpointing = bool(args.gradient_checkpointing)
-        return None
-    memory, config = memory_of(accelerator), config_of(args.model_name_or_path)
     before = processes.from_first(before)  # which alone has looked for checkpoints
+    if not accelerator.static_shapes and can_count():
+        try:
+            config = config_of(args.model_name_or_path)
+            can_checkpoint(config)
+            return _plan_training(args, accelerator, before, config)
+        except NoPlan:
+            pass
+    args.gradient_checkpointing = bool(args.gradient_checkpointing)
+    return None
+
+
+def _plan_training(args, accelerator: Accelerator, before: dict, config) -> Plan:
+    memory = memory_of(accelerator)
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing
     if checkpointing is None:

@@ -141,7 +141,8 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(before[name])
-        args = Namespace(batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
+        args = Namespace(gradient_checkpointing=False,
+                         batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
                          block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
                          eval_step=0, eval_rows=0, seed=0, lr=1.0, save_dir=str(tmp_path), save_steps=0,
                          keep_best=False, save_total_limit=1, restart=True, skip_nonfinite=0,

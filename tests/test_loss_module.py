@@ -56,7 +56,7 @@ if shard:
 optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=1e-3)
 split = a_split(rows=12)
 batches = Batches(split, 12, 10_000)
-rows, found = list(range(12))[rank::world], []
+rows, found = list(range(12)), []  # of which each process takes its share
 for step in range(3):
     (batch,) = batches.of(rows)
     loss = model(*batch)
@@ -95,7 +95,9 @@ def sharded(directory, place, processes, lora=False):
     started = [
         subprocess.Popen(
             words,
-            env=environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(processes)),
+            env=environment(
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank), WORLD_SIZE=str(max(1, processes))
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -219,7 +219,8 @@ def readme_tables(section="3"):
 
 def readme_defaults():
     """{script: {option: default}} of all that the two tables of section 3 say of the scripts."""
-    models, scripts = readme_tables()
+    (models,) = (table for table in readme_tables() if "데이터 (train 행 수)" in table[0])
+    (scripts,) = (table for table in readme_tables() if "`tutorial/download_*`" in table[0])
     assert len(models) == len(scripts) == len(PAGES)
     found, data = {}, ""
     for model, row in zip(models, scripts):
