@@ -21,7 +21,7 @@ PROGRAM = {"cpu": 0.45e9, "cuda": 0.6e9}
 # programs, and what a quantized base is unpacked to (all measured); on a GPU an estimate
 BETWEEN = {"cpu": 0.12, "cuda": 0.05}
 HEAP = {"cpu": 0.4e9, "cuda": 0.0}
-UNPACKED = {"cpu": 0.35e9, "cuda": 0.1e9}
+UNPACKED = {"cpu": (0.0, 0.32), "cuda": (0.1e9, 0.0)}  # in itself, and for each number that is quantized
 
 
 class Plan(NamedTuple):
@@ -82,9 +82,9 @@ def plan(config, way: Way) -> Plan:
     trained = counts.trained / share
     states = 2 if bits else 8  # AdamW has two a number, on a quantized base in 8 bit
     workspace = counts.peak - counts.activations - counts.logits + BETWEEN[way.device] * counts.peak
-    workspace += min(
-        HEAP[way.device] + UNPACKED[way.device] * (bits > 0), frozen + (8 + states) * trained + counts.peak
-    )
+    unpacked, of_number = UNPACKED[way.device]
+    heap = HEAP[way.device] + (unpacked + of_number * counts.linear) * (bits > 0)
+    workspace += min(heap, frozen + (8 + states) * trained + counts.peak)
     if share > 1:  # whole are the layer at work, the next one, embeddings and output layer; gradients of one layer
         whole = counts.numbers - (counts.layers - 2) * counts.of_layer
         workspace += whole * product + 4 * counts.of_layer * full
