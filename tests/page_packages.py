@@ -91,7 +91,7 @@ def names_of(source: str) -> List[Tuple[int, str]]:
             found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = getattr(node.func, "id", getattr(node.func, "attr", ""))
-            if called in ("import_module", "_require"):  # by its name
+            if called in ("import_module", "require_package"):  # by its name
                 found.append((node.lineno, str(node.args[0].value)))
     return found
 
