@@ -79,7 +79,7 @@ def plan(config, way: Way) -> Plan:
     share = 1 if bits else way.processes
     frozen = 0.0 if full else (counts.numbers - counts.trained) * product
     frozen -= counts.linear * (product - QUANTIZED[way.method]) if bits else 0.0
-    trained = counts.trained / (share if full else 1)  # an adapter is whole in each process
+    trained = counts.trained / share
     states = 2 if bits else 8  # AdamW has two a number, on a quantized base in 8 bit
     workspace = counts.peak - counts.activations - counts.logits + BETWEEN[way.device] * counts.peak
     unpacked, of_number = UNPACKED[way.device]
