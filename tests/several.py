@@ -43,9 +43,9 @@ def of(self, rows, real=Batches.of):
     return found
 
 
-def padded(self, rows, *size, real=Batches._padded):
+def padded(self, rows, *size, real=Batches._padded, **more):
     rows_of_now.extend(rows)
-    return real(self, rows, *size)
+    return real(self, rows, *size, **more)
 
 
 def gradients(self, *args, real=Training.gradients):

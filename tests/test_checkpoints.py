@@ -403,7 +403,7 @@ def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens, tmp_pat
 OPTIONS = {
     "model_name_or_path": "nowhere", "dataset_name_or_path": "data.pt", "restart": False, "use_lora": False, "bits": 0,
     "micro_batch_tokens": 0, "save_steps": 1, "save_total_limit": 1, "keep_best": False, "lr": 0.1,
-    "weight_decay": 0.0, "lr_scheduler": "constant",
+    "weight_decay": 0.0, "lr_scheduler": "constant", "gradient_checkpointing": False,
 }  # fmt: skip
 
 
