@@ -34,26 +34,14 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action) if shown else action.help
 
 
-def at_least(least, kind):
-    """An argparse type: a number of `kind` that is `least` or more, one clear line otherwise."""
+def at_least(least, kind, more: bool = False):
+    """An argparse type: a number of `kind` that is `least` or more, one clear line otherwise; `more`: not `least`."""
+    bound = f"more than {least}" if more else f"{least} or more"
 
     def parse(text: str):
         value = kind(text)
-        if not least <= value < math.inf:  # NaN fails as well
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least} or more, and finite")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def above(least, kind):
-    """An argparse type: a number of `kind` that is more than `least`."""
-
-    def parse(text: str):
-        value = kind(text)
-        if not least < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be more than {least}, and finite")
+        if not least <= value < math.inf or (more and value == least):  # NaN fails as well
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}, and finite")
         return value
 
     parse.__name__ = kind.__name__
@@ -61,6 +49,7 @@ def above(least, kind):
 
 
 COUNT, COUNT_OR_NONE, NUMBER = at_least(1, int), at_least(0, int), at_least(0, float)
+ABOVE_ZERO = at_least(0, float, more=True)
 
 
 def add_switch(group, name: str, default: bool, help: str) -> None:

@@ -30,21 +30,20 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
     before = processes.from_first(before)  # which alone has looked for checkpoints
     if not accelerator.static_shapes and can_count():
         try:
-            config = config_of(args.model_name_or_path)
-            can_checkpoint(config)
-            return _plan_training(args, accelerator, before, config)
+            return _plan_training(args, accelerator, before)
         except NoPlan:
             pass
     args.gradient_checkpointing = bool(args.gradient_checkpointing)
     return None
 
 
-def _plan_training(args, accelerator: Accelerator, before: dict, config) -> Plan:
-    memory = memory_of(accelerator)
+def _plan_training(args, accelerator: Accelerator, before: dict) -> Plan:
+    config = config_of(args.model_name_or_path)
+    may_checkpoint, memory = can_checkpoint(config), memory_of(accelerator)
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing
     if checkpointing is None:
-        checkpointing = before.get("gradient_checkpointing", None if can_checkpoint(config) else False)
+        checkpointing = before.get("gradient_checkpointing", None if may_checkpoint else False)
     way = Way(
         method=next((name for name, bits in BITS.items() if bits == args.bits), "lora") if args.use_lora else "full",
         checkpointing=bool(checkpointing),

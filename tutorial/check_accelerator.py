@@ -33,7 +33,7 @@ from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.parser import COUNT, Parser, above
+from common.parser import ABOVE_ZERO, COUNT, Parser
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "bitsandbytes")
 MONITORS = {"MoAI": "moreh-smi", "CUDA": "nvidia-smi", "ROCm": "rocm-smi", "CPU": "top"}
@@ -50,9 +50,9 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--devices", type=COUNT, help="GPUs to ask for (default: those of this machine)")
-    add("--device-memory", type=above(0, float), metavar="GB", help="memory of each (default: that of this machine's)")
+    add("--device-memory", type=ABOVE_ZERO, metavar="GB", help="memory of each (default: that of this machine's)")
     rate = "10^12 operations a second of its 16 bit matrix products (default: measured on this machine)"
-    add("--device-tflops", type=above(0, float), metavar="TFLOPS", help=rate)
+    add("--device-tflops", type=ABOVE_ZERO, metavar="TFLOPS", help=rate)
     add("--model-name-or-path", help="directory of a model to plan, in place of the tutorials")
     add("--json", action="store_true", help="one JSON object for programs, in place of the tables")
     args = parser.parse_args()
