@@ -89,33 +89,42 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         product_weight = weight.to(dtype)
-        rows = max(1, elements // len(weight))
+        rows = max(1, min(len(hidden), elements // len(weight)))
+        # all chunks use the same memory: the system would have to clear new memory of this size for each of them
+        of_product = hidden.new_empty((rows, len(weight)), dtype=dtype)
+        in_float32 = of_product if dtype == torch.float32 else of_product.new_empty(of_product.shape, dtype=total.dtype)
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
-            logits = F.linear(part, product_weight).float()
+            product = torch.mm(part, product_weight.t(), out=of_product[: len(part)])
+            logits = product if product.dtype == total.dtype else in_float32[: len(part)].copy_(product)
             if bias is not None:
                 logits += bias
-            rows_of_chunk = torch.arange(len(target), device=target.device)
-            log_sum = logits.logsumexp(dim=1, keepdim=True)
-            total += (log_sum[:, 0] - logits[rows_of_chunk, target]).sum()
+            each = torch.arange(len(target), device=target.device)
+            (largest, where), of_target = logits.max(dim=1), logits[each, target]
+            shares = torch.softmax(logits, dim=1, out=logits)
+            # the sum of all exp(logit) is exp(largest) / its share, which is never too small for its logarithm
+            total += (largest - shares[each, where].log() - of_target).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
             # d loss / d logits = softmax - one-hot; it takes the place of the logits
-            grad = logits.sub_(log_sum).exp_()
-            grad[rows_of_chunk, target] -= 1
+            grad = shares
+            grad[each, target] -= 1
             if need_bias:
                 grad_bias += grad.sum(0)
-            grad = grad.to(dtype)
+            if dtype != torch.float32:
+                grad = product.copy_(grad)
             if need_hidden:
                 grad_hidden[start : start + rows] = grad @ product_weight
-            if need_weight:
+            if need_weight and dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), part)
+            elif need_weight:
                 grad_weight += grad.t() @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        return tuple(None if grad is None else grad * grad_output for grad in ctx.saved_tensors) + (None, None)
+        return tuple(None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors) + (None, None)
 
 
 def has_plain_head(model: nn.Module) -> bool:
