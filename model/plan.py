@@ -73,13 +73,14 @@ class Plan(NamedTuple):
 
 def plan(config, way: Way) -> Plan:
     """The plan of a model with this `config` (transformers'), trained this `way`. UserError where transformers can't
-    build it. Of several processes each holds its share of every weight (FSDP2), but a quantized base whole."""
+    build it. Of several processes each holds its share of every weight (FSDP2), but whole adapters, and a whole base
+    where it is quantized."""
     counts, full, bits = count(config, way), way.method == "full", BITS.get(way.method, 0)
     product = bytes_of(way.dtype)
     share = 1 if bits else way.processes
     frozen = 0.0 if full else (counts.numbers - counts.trained) * product
     frozen -= counts.linear * (product - QUANTIZED[way.method]) if bits else 0.0
-    trained = counts.trained / share
+    trained = counts.trained / (share if full else 1)
     states = 2 if bits else 8  # AdamW has two a number, on a quantized base in 8 bit
     workspace = counts.peak - counts.activations - counts.logits + BETWEEN[way.device] * counts.peak
     unpacked, of_number = UNPACKED[way.device]

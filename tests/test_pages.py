@@ -81,7 +81,13 @@ def models_of(text, stand_in):
     return repos, gated
 
 
-@pytest.mark.parametrize("page", PAGES)
+# they go the way of the others, with another model: some minutes together
+ALIKE = [f"tutorial/{name}.md" for name in ("gpt", "llama2", "llama3", "mistral")]
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in ALIKE else page for page in PAGES]
+)
 def test_page(page, tmp_path, warm, warm_hub, stand_in):
     text = (ROOT / page).read_text(encoding="utf-8")
     models, warm_hub.gated = models_of(text, stand_in)
