@@ -15,6 +15,7 @@ before the fence, where GitHub doesn't show it):
     <!-- not compared: REASON -->    text: an output of the real model, or no output at all
     <!-- compared up to: LINE -->    text: what follows that line is the real model's answer
     <!-- Ctrl-C: after step 3 -->    bash: its training hears Ctrl-C as soon as that step is done, and ends by it
+    <!-- typed: a | b -->            bash: its script runs in a terminal, where a reader types a, b and an empty line
     <!-- from: tutorial/x.py -->     python: quoted code; it must stand in that file (`...`: lines left out)
     <!-- file: my_data.jsonl -->     any language: a file of the reader's
 
@@ -58,6 +59,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from packaging.requirements import InvalidRequirement, Requirement
 
+from tests import terminal
 from tests.conftest import FOLDERS, NOWHERE, ROOT, environment
 from tests.page_packages import Command, missing
 
@@ -125,6 +127,7 @@ class Shell:
         self.page_imports = ""
         self.port = free_port()  # torchrun's: other pages are followed at the same time
         self.cut_after = 0  # the step of a training at which Ctrl-C is pressed
+        self.typed: List[str] = []  # what the reader types into a script
         shell = self
 
         class Handler(socketserver.StreamRequestHandler):
@@ -303,6 +306,10 @@ class Shell:
         self.require_packages(script, words[1:], cwd)
         if script.name == "download_smollm2.py" and "--tiny" not in words:
             words = [*words, "--tiny"]
+        if self.typed:
+            lines, self.typed = [f"{line}\n".encode() for line in (*self.typed, "")], []
+            status, shown = terminal.run([sys.executable, *words], lines, cwd, {**env, "PYTHONUTF8": "1"})
+            return {"out": shown, "err": "", "status": status % 256}
         if self.cut_after:
             place = "+common.training:Training.step"
             words = [str(ROOT / "tests" / "killed.py"), str(int(signal.SIGINT)), place, str(self.cut_after), *words]
@@ -407,7 +414,7 @@ def requirements(path: Path) -> List[Requirement]:
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`\s]*)[^`]*")
 COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
-MARKER = re.compile(r"(not run|not compared|compared up to|Ctrl-C|from|file): (\S.*)")
+MARKER = re.compile(r"(not run|not compared|compared up to|Ctrl-C|typed|from|file): (\S.*)")
 
 
 class Block(NamedTuple):
@@ -549,10 +556,14 @@ class Reader:
         if not step:
             raise Mistake(block.line - 2, f"after which step? {cut!r} does not tell")
         self.shell.cut_after = int(step.group(1))
+        self.shell.typed = [line.strip() for line in block.marks.get("typed", "").split("|") if line.strip()]
         try:
             status, out, err = self.shell(block.text)
+            untyped = self.shell.typed
         finally:
-            self.shell.cut_after = 0
+            self.shell.cut_after, self.shell.typed = 0, []
+        if untyped:
+            raise Mistake(block.line, f"no script of it asks for a line, so {untyped[0]!r} cannot be typed")
         if cut and status != INTERRUPTED:
             raise Mistake(block.line, f"exit status {status}, where Ctrl-C should have ended it\n{out + err[-3000:]}")
         self._keep(block, 0 if cut else status, out, err)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
-import select
 import shlex
 import shutil
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
 from common.dataset_cache import held_out_questions
 from common.tokenization import load_tokenizer
+from tests import terminal
 from tests.conftest import environment, lay_out
 from tests.helpers import HAS_QWEN3, quantizes, tells
 from tests.test_chat import talk
@@ -72,23 +68,11 @@ def test_a_question_is_asked_by_the_template_and_the_answer_ends_by_itself(words
 
 def in_terminal(command, *typed, cwd):
     """What a terminal shows while these lines are typed, each when it is asked for."""
-    master, slave = pty.openpty()
     arguments = [sys.executable, *shlex.split(command)[1:]]
     env = environment(HF_HOME=str(cwd / ".hf_home"), PYTHONUTF8="1")
-    process = subprocess.Popen(arguments, cwd=cwd, env=env, stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    shown, left, deadline = b"", list(typed), time.time() + 120
-    while time.time() < deadline:
-        try:
-            if select.select([master], [], [], 1)[0]:
-                shown += os.read(master, 4096)
-        except OSError:  # it has ended
-            break
-        if left and shown.count(b"\n> ") == len(typed) - len(left) + 1:
-            os.write(master, left.pop(0))
-    os.close(master)
-    assert process.wait(60) == 0 and not left
-    return shown.decode("utf-8").replace("\r\n", "\n")
+    status, shown = terminal.run(arguments, typed, cwd=cwd, env=env)
+    assert status == 0, shown
+    return shown
 
 
 @pytest.mark.parametrize("end", [b"\n", b"  \n", b"\x04"], ids=["empty line", "spaces", "Ctrl-D"])

@@ -178,6 +178,7 @@ QUOTE = "<!-- from: dataset/templates.py -->\n```python\n"
         ("<!-- file: ../../a.txt -->\n```text\nb\n```", 2, "outside"),
         ("<!-- Ctrl-C: soon -->\n```bash\necho\n```", 1, "after which step"),
         ("<!-- Ctrl-C: after step 2 -->\n```bash\necho\n```", 3, "exit status 0, where Ctrl-C"),
+        ("<!-- typed: a -->\n```bash\necho\n```", 3, "'a' cannot be typed"),
         ("```diff\n-a\n+b\n```", 2, "a diff that is to be applied"),
         ("```diff\n--- a/LICENSE\n+++ b/LICENSE\n@@ -1 +1 @@\n-a\n+b\n```", 4, "does not fit LICENSE"),
     ],
@@ -207,6 +208,50 @@ def test_torchrun(shell):
     assert status == 1 and "torch" in err.splitlines()[0] and "no package that this page installs" in err
     status, out, err = shell(f"pip install torch; {command}")
     assert status == 0 and out.splitlines()[-1] == "2 processes", err
+
+
+TALK = """
+<!-- typed: 하나 | 둘 -->
+```bash
+python mine.py
+```
+
+```text
+terminal: True
+
+> 하나
+나하
+
+> 둘
+둘
+
+>
+```
+"""
+ASKS = """
+import sys
+
+print("terminal:", sys.stdin.isatty())
+for line in iter(lambda: input("\\n> "), ""):
+    print(line[::-1])
+"""
+
+
+@pytest.mark.parametrize(
+    "page, source, words",
+    [
+        (TALK, ASKS, None),
+        (TALK.replace("나하", "하나"), ASKS, "the page shows '하나'"),
+        (TALK, ASKS.replace(', ""', ', "하나"'), "exit status 247"),  # it ends while somebody still types
+        (TALK, "print()", "exit status 247"),
+    ],
+    ids=["true", "another answer", "ends too early", "asks nothing"],
+)
+def test_what_is_typed(page, source, words, shell):
+    """A script hears it in a terminal, line by line, and an empty line at the end."""
+    (shell.cwd / "mine.py").write_text(source, encoding="utf-8")
+    found = mistakes(page, EXAMPLE, shell)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0]), found
 
 
 def test_numbers():
