@@ -8,7 +8,8 @@
 Row i is `input_ids[offsets[i]:offsets[i + 1]]`; `loss_mask` is true where its tokens carry a loss: one answer, or
 several. `lengths` and `label_counts` (tokens that carry a loss and are predicted: not a row's first) stand beside it,
 so that a training need not count. `sha256` is that of `meta`, which holds those of all tensors: it stands for all. Of
-conversations `meta` has `end_of_turn` too: the id by which their template ends an answer, not always the tokenizer's.
+conversations `meta` has `end_of_turn` too: the id by which their template ends an answer, not always the tokenizer's;
+of other rows `chat_template`, in which chat clients can ask as the rows do.
 There are only plain tensors and plain dicts in it, and nothing outside it: the file can be copied anywhere and opens
 without this repository, with `weights_only=True` as well.
 """
@@ -53,7 +54,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
         chat = chat_of(tokenizer)
     encoder = Encoder(template, tokenizer, args.block_size, args.columns, chat)
     # asked for now, and not when a model is saved that was trained for hours
-    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {}
+    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {"chat_template": _form(template, first, tokenizer)}
     if args.show:
         show_rows(splits["train"], args.show, encoder)
     meta = {
@@ -90,6 +91,17 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
         with open(new, "wb") as file:  # a path would leave its name in the file
             torch.save(document, file)
     print(f"Dataset saved as {args.save_path}")
+
+
+def _form(template, row: dict, tokenizer) -> str:
+    """The chat template that the trained model is to have, "" where its form can't be one."""
+    from common.chat_of_blocks import chat_of_blocks
+
+    try:
+        return chat_of_blocks(template, row, tokenizer)
+    except UserError as error:
+        print(f"The model will have no chat template: {error}. Your inference script asks it, chat clients can't.")
+        return ""
 
 
 def _told(counts: Counter) -> str:

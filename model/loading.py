@@ -31,7 +31,7 @@ from model.writing import write_gathered
 # what an earlier model may have left in a directory, and would be loaded with the new files
 OF_A_MODEL = (
     "*config.json", "model*.safetensors*", "adapter_model.*", "pytorch_model*", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.*", "merges.txt", "chat_template*",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates",
 )  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
         return
     if adapter:
         save_adapter(network, new, meta.get("template", ""))
-    save_tokenizer(tokenizer, new)
+    save_tokenizer(tokenizer, new, meta.get("chat_template"))
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))

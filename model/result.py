@@ -18,10 +18,11 @@ from common.model_directory import raw_config, safetensors_files, stored_tensors
 from common.tokenization import fingerprint, load_tokenizer
 from model.stored import TYPES, Stored
 
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 # what a tokenizer may consist of, each kind of some of these
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "vocab.json", "merges.txt", *CHAT_TEMPLATES,
 )  # fmt: skip
 
 
@@ -79,8 +80,11 @@ def require(right: bool, what: str) -> None:
         )
 
 
-def save_tokenizer(tokenizer, directory: Path) -> None:
-    """The tokenizer's files as they came, where it is as it came; in words that transformers before 5 reads."""
+def save_tokenizer(tokenizer, directory: Path, chat_template: Optional[str] = None) -> None:
+    """The tokenizer's files as they came, where it is as it came; in words that transformers before 5 reads.
+
+    chat_template: the one to have in place of the tokenizer's own, "": none, None: its own.
+    """
     source = Path(tokenizer.name_or_path)
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if files and fingerprint(load_tokenizer(str(source))) == fingerprint(tokenizer):
@@ -91,10 +95,19 @@ def save_tokenizer(tokenizer, directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     settings = json.loads(path.read_bytes()) if path.is_file() else {}
     came = dict(settings)
-    if settings.get("tokenizer_class") == "TokenizersBackend":  # what transformers 5 calls it
+    # what transformers 5 calls it, and takes for Mistral's by its config.json, which an adapter has not: by the class
+    # of the hub's file it would be another one there, without the space between a special token and a text
+    of_config = type(tokenizer).__name__ == "TokenizersBackend" and not (directory / "config.json").is_file()
+    if of_config or settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if chat_template is not None:
+        for other in CHAT_TEMPLATES:  # transformers takes them before the one in tokenizer_config.json
+            (directory / other).unlink(missing_ok=True)
+        shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+        settings.pop("chat_template", None)
+        settings.update({"chat_template": chat_template} if chat_template else {})
     if settings != came:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -19,6 +19,8 @@ from model.result import TOKENIZER_FILES, complete_config, save_tokenizer
 from tests.helpers import KINDS
 
 CPU = torch.device("cpu")
+# whose tokenizer is of another class with their config.json than without
+BY_CONFIG = {"mistral"} if int(transformers.__version__.split(".")[0]) >= 5 else set()
 
 
 def read(path):
@@ -55,7 +57,22 @@ def test_the_tokenizers_files_are_the_stand_ins_byte_for_byte(kind, how, stand_i
     for name in TOKENIZER_FILES:
         there = (stand_ins[kind] / name).is_file()
         assert there == (result / name).is_file(), name
-        assert not there or (stand_ins[kind] / name).read_bytes() == (result / name).read_bytes(), name
+        of_class = how == "adapter" and name == "tokenizer_config.json" and kind in BY_CONFIG
+        assert of_class or not there or (stand_ins[kind] / name).read_bytes() == (result / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapters_tokenizer_is_that_of_its_base_behind_a_special_token_too(kind, stand_ins, tmp_path):
+    """An adapter has no config.json, by which transformers 5 chooses the class of Mistral's."""
+    text = "<s>[INST] a</s> b<|begin_of_text|>c"
+    base, adapter = (
+        transformers.AutoTokenizer.from_pretrained(place)
+        for place in (stand_ins[kind], saved(stand_ins[kind], tmp_path / "r", "adapter"))
+    )
+    assert adapter.tokenize(text) == base.tokenize(text)
+    came = read(stand_ins[kind] / "tokenizer_config.json")
+    changed = {name for name, value in read(tmp_path / "r" / "tokenizer_config.json").items() if came[name] != value}
+    assert changed == ({"tokenizer_class"} if kind in BY_CONFIG else set())
 
 
 @pytest.mark.parametrize("kind", KINDS)
