@@ -17,6 +17,10 @@ import threading
 from pathlib import Path
 from typing import Optional
 
+# A thread that waits for the others sleeps: libgomp's spin otherwise, and take the core from whatever runs beside the
+# training. It reads this when torch is imported (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 # options of the running script that save memory and are not taken yet: common.arguments writes them down
 less_memory: list = []
