@@ -138,8 +138,16 @@ def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memori
     (prompt, reference), *_ = held_out_questions(dataset, "it", tokenizer, 2)
     text = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
     assert (tokenizer.decode(prompt), reference) == (text, "비가 와요.")
-    done = warm("python tutorial/evaluate.py --model-name-or-path ./chat --rows 2", cwd=memorized)
-    assert "Perplexity" in done.stdout
+    pytest.importorskip("sacrebleu")
+    done = warm("python tutorial/evaluate.py --model-name-or-path ./chat --rows 2 --max-new-tokens 20", cwd=memorized)
+    report = json.loads((memorized / "chat" / "evaluation.json").read_text(encoding="utf-8"))
+    for name, after in (("chrF (letters, %)", 100), ("Ends by itself (%)", 100)):  # it has learned all of it by heart
+        found = report["measures"][name]
+        assert found["before"] < found["after"] == after and found["rows"] == 2
+    assert [(row["reference"], row["after"], row["ended"][1]) for row in report["answers"]] == [
+        ("비가 와요.",) * 2 + (True,)
+    ] * 2
+    assert "Answer in the data" in done.stdout and "그럼 서울은?" in done.stdout
 
 
 @pytest.mark.parametrize("ends", [True, False])
