@@ -11,7 +11,7 @@ from pathlib import Path
 from common import UserError, less_memory
 from common.files import require_place
 from common.one_voice import speak_once
-from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch
+from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch, tensorboard
 from common.processes import count
 
 SWITCH = {"auto": None, "on": True, "off": False}
@@ -112,6 +112,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--log-interval", type=COUNT, help="steps from one log line to the next")
     add("--eval-step", type=COUNT_OR_NONE, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
+    add("--report-to", type=tensorboard, metavar="tensorboard", help="the log as curves too, in the save directory")
 
     checkpoints = parser.add_argument_group("a training that is cut goes on by the same command, from its checkpoint")
     add = checkpoints.add_argument
