@@ -11,7 +11,7 @@ from pathlib import Path
 from common import UserError, less_memory
 from common.files import require_place
 from common.one_voice import speak_once
-from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch
+from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch, tensorboard
 from common.processes import count
 
 SWITCH = {"auto": None, "on": True, "off": False}
@@ -112,6 +112,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--log-interval", type=COUNT, help="steps from one log line to the next")
     add("--eval-step", type=COUNT_OR_NONE, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=COUNT_OR_NONE, default=256, help="held-out rows to use at most; 0: none")
+    add("--report-to", type=tensorboard, metavar="tensorboard", help="the log as curves too, in the save directory")
 
     checkpoints = parser.add_argument_group("a training that is cut goes on by the same command, from its checkpoint")
     add = checkpoints.add_argument
@@ -155,17 +156,21 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
 
 
 def inference_arguments(description: str, model_name_or_path: str, chat: bool = False) -> argparse.Namespace:
-    """Options of `inference_*`: model_name_or_path, prompt, max_new_tokens, temperature, seed, bits; of a chat, system.
+    """Options of `inference_*`: model_name_or_path, prompt, prompt_file, save_path, batch_rows, max_new_tokens,
+    temperature, seed, bits; of a chat, system.
 
-    `prompt` is the reader's text, of --prompt or of --prompt-file, or None: the script then takes its own sample.
-    `bits` is None unless given: a model as it is stored, the base of an adapter as it was in the training.
+    `prompt` is the reader's text, of --prompt or of --prompt-file, or None: the script then takes its own sample. With
+    `save_path` the file holds many, which dataset.questions reads. `bits` is None unless given: a model as it is
+    stored, the base of an adapter as it was in the training.
     """
     parser = Parser(description)
     add = parser.add_argument
     add("--model-name-or-path", default=model_name_or_path, help="directory of the trained model or adapter")
     text = parser.add_mutually_exclusive_group()
     text.add_argument("--prompt", help="your own text, put into the format of the training")
-    text.add_argument("--prompt-file", help="a file with your own text")
+    text.add_argument("--prompt-file", help="a file with your own text; with --save-path a .jsonl file of many")
+    add("--save-path", metavar="ANSWERS.jsonl", help="answer each row of --prompt-file, and save the answers here")
+    add("--batch-rows", type=COUNT, default=8, help="rows of --prompt-file asked at once, fewer need less memory")
     if chat:
         add("--system", help="a text before the conversation that says how to answer")
     add("--max-new-tokens", type=COUNT, default=256, help="tokens of the answer at most")
@@ -175,15 +180,26 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
     args = parser.parse_args()
     if args.prompt is not None and not args.prompt.strip():
         parser.error("--prompt is empty: give it a text, or leave it out for the script's own sample")
-    if args.prompt_file:
-        try:
-            with open(args.prompt_file, encoding="utf-8-sig") as file:
-                args.prompt = file.read().strip()
-            if "\0" in args.prompt:
-                raise ValueError("it holds zero bytes, as UTF-16 does")
-        except (OSError, ValueError) as error:
-            parser.error(f"--prompt-file {args.prompt_file} can't be read, save it as UTF-8 text: {error}")
-        if not args.prompt:
-            parser.error(f"--prompt-file {args.prompt_file} is empty: give a file with a text")
+    if args.save_path and not args.prompt_file:
+        parser.error(f"--save-path {args.save_path} is for the answers to a file of prompts: give --prompt-file")
+    if args.prompt_file and not args.save_path:
+        if Path(args.prompt_file).suffix.lower() == ".jsonl":
+            parser.error(f"--prompt-file {args.prompt_file} holds a prompt a line: give --save-path for their answers")
+        args.prompt = _text_of_file(args.prompt_file, parser)
+    # fewer rows at once change no answer: named first, because with it the same command goes on
+    less_memory.extend(["--batch-rows"] * bool(args.save_path))
     less_memory.extend(["--load-in-4bit"] * (args.bits != 4) + ["--max-new-tokens"])
     return args
+
+
+def _text_of_file(path: str, parser: Parser) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read().strip()
+        if "\0" in text:
+            raise ValueError("it holds zero bytes, as UTF-16 does")
+    except (OSError, ValueError) as error:
+        parser.error(f"--prompt-file {path} can't be read, save it as UTF-8 text: {error}")
+    if not text:
+        parser.error(f"--prompt-file {path} is empty: give a file with a text")
+    return text

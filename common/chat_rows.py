@@ -53,12 +53,12 @@ def encode_conversations(
     return encoded, counts
 
 
-def encode_question(chat: Chat, messages: List[dict], limit: int) -> List[int]:
+def encode_question(chat: Chat, messages: List[dict], tools: Optional[list], limit: int) -> List[int]:
     """The ids of messages, the last of which is to be answered, up to where the answer begins; cut as in a training
     where they are more than `limit`."""
 
     def write(messages: List[dict]) -> Encoded:
-        return chat.encode([Turns(chat.render(messages, ask=True), [], [], 0)])[0]
+        return chat.encode([Turns(chat.render(messages, tools, ask=True), [], [], 0)])[0]
 
     return _fit(chat, messages, limit, write)[0]
 

@@ -31,7 +31,13 @@ def chat(row: dict) -> Conversation:
 
 
 def checked(conversation: Conversation) -> List[dict]:
-    """The messages, {"role", "content": text, ...} each; [] where no assistant's says anything.
+    """Its messages, as messages_of gives them; [] where no assistant's says anything."""
+    done = messages_of(conversation)
+    return done if any(message["role"] == "assistant" and says_something(message) for message in done) else []
+
+
+def messages_of(conversation: Conversation) -> List[dict]:
+    """The messages, {"role", "content": text, ...} each.
 
     UserError, to be said after the row's place, for a message that is none: in a file of conversations a mistyped role
     would take its text out of the training in silence.
@@ -41,8 +47,7 @@ def checked(conversation: Conversation) -> List[dict]:
         messages = [dict(zip(messages, one)) for one in zip(*messages.values())]  # datasets' Sequence of objects
     if not isinstance(messages or [], list):
         raise UserError(f"its messages are {_kind(messages)}, not a list. Save the data as JSON lines.")
-    done = [_message(f"message {number}", message) for number, message in enumerate(messages or [], 1)]
-    return done if any(message["role"] == "assistant" and says_something(message) for message in done) else []
+    return [_message(f"message {number}", message) for number, message in enumerate(messages or [], 1)]
 
 
 def says_something(message: dict) -> bool:

@@ -6,8 +6,9 @@ import argparse
 import math
 import re
 import sys
+from importlib import import_module
 
-from common import UserError
+from common import UserError, missing_package
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,6 +51,17 @@ def at_least(least, kind, more: bool = False):
 
 COUNT, COUNT_OR_NONE, NUMBER = at_least(1, int), at_least(0, int), at_least(0, float)
 ABOVE_ZERO = at_least(0, float, more=True)
+
+
+def tensorboard(text: str) -> str:
+    """An argparse type: the one thing that --report-to can be. UserError where not all of it is installed."""
+    if text != "tensorboard":
+        raise argparse.ArgumentTypeError(f"{text!r} is not known: there is tensorboard")
+    try:
+        import_module("tensorboard.summary.writer.event_file_writer")  # by which torch's SummaryWriter writes
+    except ImportError:
+        raise UserError(f"--report-to tensorboard: {missing_package('tensorboard')}") from None
+    return text
 
 
 def add_switch(group, name: str, default: bool, help: str) -> None:

@@ -13,16 +13,15 @@ from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from itertools import chain, groupby, islice
-from operator import length_hint
-from time import monotonic
+from operator import attrgetter, length_hint
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from common.columns import renamed
+from common.telling import told
 from common.tokenization import encode_rows
 
 ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
 ROWS_FOR_ONE = 1000  # up to so many are not worth further processes
-SECONDS = 30  # from one line to the next, where there is no terminal to show a bar
 
 
 class Chunk(NamedTuple):
@@ -74,7 +73,7 @@ def encoded_chunks(name: str, rows: Iterable[dict], encoder: Encoder) -> Iterato
         encoded = map(encoder.chunk, chain(first, chunks))
     else:
         encoded = _in_processes(chain(first, chunks), encoder, processes)
-    return _told(encoded, name, length_hint(rows) or None)
+    return told(encoded, attrgetter("rows"), name, length_hint(rows) or None)
 
 
 def show_rows(rows: Iterable[dict], count: int, encoder: Encoder) -> None:
@@ -128,21 +127,3 @@ def _begin(encoder: Encoder) -> None:
 
 def _chunk(rows: List[dict]) -> Chunk:
     return _encoder.chunk(rows)
-
-
-def _told(chunks: Iterable[Chunk], name: str, total) -> Iterator[Chunk]:
-    from tqdm import tqdm
-
-    terminal, start, done = sys.stderr.isatty(), monotonic(), 0
-    told = start
-    with tqdm(total=total, desc=name, unit=" rows", disable=not terminal, dynamic_ncols=True) as bar:
-        for chunk in chunks:
-            yield chunk
-            done += chunk.rows
-            bar.update(chunk.rows)
-            now = monotonic()
-            if not terminal and now - told >= SECONDS:
-                rate = done / (now - start)
-                left = f" of {total}, {(total - done) / rate / 60:.0f} minutes left" if total else ""
-                print(f"{name}: {done} rows{left}, {rate:.0f} rows/s", flush=True)
-                told = now

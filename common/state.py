@@ -11,7 +11,7 @@ from common import UserError, after_interrupt, processes
 # options that change nothing of what is learned; two that are compared by what they name; two that make the steps
 FREE = {
     "save_dir", "log_interval", "eval_step", "eval_rows", "save_steps", "save_total_limit", "restart",
-    "micro_batch_tokens", "gradient_checkpointing", "deterministic", "skip_nonfinite",
+    "micro_batch_tokens", "gradient_checkpointing", "deterministic", "skip_nonfinite", "report_to",
     "model_name_or_path", "dataset_name_or_path", "epochs", "max_train_steps",
 }  # fmt: skip
 

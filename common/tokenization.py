@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from itertools import compress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
@@ -50,6 +51,16 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
             "call model.resize_token_embeddings and save it."
         )
     return tokenizer
+
+
+def room_beside(positions: Optional[int], max_new_tokens: int) -> int:
+    """Tokens that a prompt may have, so that its answer still fits into a model's positions, if these are known.
+    UserError if none."""
+    if max_new_tokens >= (positions or sys.maxsize):
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has {positions} positions."
+        )
+    return (positions or sys.maxsize) - max_new_tokens
 
 
 def largest_id(tokenizer) -> int:

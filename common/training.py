@@ -10,6 +10,7 @@ from common import UserError, is_out_of_memory, less_memory, losses, processes
 from common.accelerator import Accelerator
 from common.batching import Batches
 from common.checkpoints import Checkpoints
+from common.curves import CurvesToo
 from common.finite import Finite, require_finite_weights
 from common.memory import memory_used
 from common.optimizer import clip_gradients, learning_rate
@@ -84,7 +85,8 @@ class Training:
         self.random = accelerator.random_states()  # as the last finished step has left them
         self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
         self.finite = Finite(accelerator.device, self.scaler.is_enabled())
-        self.log = TrainingLog(args.save_dir, self.total_steps, self.state.step, self.state.records)
+        log = CurvesToo if args.report_to else TrainingLog
+        self.log = log(args.save_dir, self.total_steps, self.state.step, self.state.records)
 
     def step(self) -> None:
         """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole

@@ -1,4 +1,5 @@
-"""How good an answer is: words shared with the data's answer, or Python that parses and defines what was asked.
+"""How good an answer is: words or letters shared with the data's answer, or Python that parses and defines what was
+asked.
 
 What judges an answer takes the texts of prompt, the data's answer and the model's, and gives {measure: percent, or None
 where the row doesn't ask for it}.
@@ -15,11 +16,23 @@ PERPLEXITY = "Perplexity\n(lower is better)"
 Scores = Dict[str, Optional[float]]
 
 
-def score_of(template: str) -> Optional[Callable[[str, str, str], Scores]]:
-    """What judges answers to prompts of that template, None where no program can."""
+def score_of(template: str) -> Callable[[str, str, str], Scores]:
+    """What judges answers to prompts of that template: of one that is not known here, and of conversations, chrF."""
     if template == "summarization":
         return rouge_score()
-    return code_score if template in ("alpaca", "instruction") else None
+    return code_score if template in ("alpaca", "instruction") else chrf_score()
+
+
+def chrf_score() -> Callable[[str, str, str], Scores]:
+    from sacrebleu.metrics import CHRF  # missing, it is told now and not after all answers
+
+    scorer = CHRF()
+
+    def chrf(prompt: str, reference: str, answer: str) -> Scores:
+        """chrF: F2 of the letters, and runs of up to six, that the answer shares with the data's, white space apart."""
+        return {"chrF\n(letters, %)": scorer.sentence_score(answer, [reference]).score}
+
+    return chrf
 
 
 def rouge_score() -> Callable[[str, str, str], Scores]:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
-from typing import List, Sequence, Tuple
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
 from transformers import TextStreamer
 
 from common import UserError
+from common.answers import Answers
 from common.batching import Batches
 from common.losses import total_loss
+from common.progress import facts_of_run
+from common.telling import told
+from common.tokenization import room_beside
 from model.loss import CausalLMLoss, require_causal
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
-    """Tokens that a prompt may have, so that the answer still fits into the model's positions. UserError if none."""
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if max_new_tokens >= positions:
-        raise UserError(
-            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the model has {positions} positions."
-        )
-    return positions - max_new_tokens
+    """Tokens that a prompt of this model may have beside its answer. UserError if none."""
+    return room_beside(getattr(model.config, "max_position_embeddings", None), max_new_tokens)
 
 
 @torch.no_grad()
@@ -38,7 +36,6 @@ def stream_answer(
     prompt, ends = torch.tensor([prompt_ids], device=model.device), list(ends) or [tokenizer.eos_token_id]
     if show_prompt:
         print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     model.eval()
     output = model.generate(
         input_ids=prompt,
@@ -47,7 +44,7 @@ def stream_answer(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
-        **sampling,
+        **_sampling(temperature),
     )[0, prompt.shape[1] :]
     if int(output[-1]) not in ends:
         print(f"(cut after --max-new-tokens {max_new_tokens}: the answer has not ended by itself)")
@@ -56,9 +53,10 @@ def stream_answer(
 
 @torch.no_grad()
 def answer_ids(
-    model, tokenizer, prompts: List[List[int]], max_new_tokens: int, ends: Sequence[int] = ()
+    model, tokenizer, prompts: List[List[int]], max_new_tokens: int, ends: Sequence[int] = (), temperature: float = 0.0
 ) -> List[List[int]]:
-    """The token ids of the model's likeliest answers to `prompts` (token ids each), all at once.
+    """The token ids of the model's answers to `prompts` (token ids each), all at once: the likeliest ones where
+    `temperature` is 0, sampled otherwise.
 
     An answer that ended by itself has one of the tokens `ends` in it, without any the tokenizer's own. Padded on the
     left, so that every answer goes on right where its prompt ends.
@@ -71,11 +69,43 @@ def answer_ids(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         eos_token_id=list(ends) or [tokenizer.eos_token_id],
         pad_token_id=tokenizer.eos_token_id,
+        **_sampling(temperature),
     )
     return output[:, longest:].tolist()
+
+
+def answer_rows(
+    model, tokenizer, prompts: Dict[int, List[int]], answers: Answers, args, accelerator, ends: Sequence[int] = ()
+) -> None:
+    """Answer `prompts`, {row: token ids} of a file of prompts, `args.batch_rows` at once, and save the answers of each
+    batch in `answers` as soon as it is done. `ends` as in answer_ids.
+    """
+    ends = list(ends) or [tokenizer.eos_token_id]
+    # prompts of like length together; the longest first, so that too little memory shows at once
+    order = sorted(prompts, key=lambda row: -len(prompts[row]))
+    batches = [order[start : start + args.batch_rows] for start in range(0, len(order), args.batch_rows)]
+    if answers.done:
+        print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
+    answers.begin(facts_of_run(vars(args), {}, accelerator.name))
+    with answers:
+        for rows in told(batches, len, "answers", len(answers.rows), len(answers.done)):
+            some = [prompts[row] for row in rows]
+            found = answer_ids(model, tokenizer, some, args.max_new_tokens, ends, args.temperature)
+            answers.add({row: text_and_end(tokenizer, ids, ends) for row, ids in zip(rows, found)})
+    ended = sum(ended for _, ended in answers.done.values())
+    print(f"Answers saved in {answers.path}: {len(answers.done)} rows, {ended} ended by themselves")
+
+
+def text_and_end(tokenizer, ids: List[int], ends: Sequence[int]) -> Tuple[str, bool]:
+    """The text of an answer, and whether one of the tokens `ends` is in it, at which it ends."""
+    end = next((place for place, token in enumerate(ids, 1) if token in ends), 0)
+    return tokenizer.decode(ids[: end or len(ids)], skip_special_tokens=True), bool(end)
+
+
+def _sampling(temperature: float) -> dict:
+    return {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
 
 
 def perplexity_and_answers(
@@ -102,8 +132,6 @@ def perplexity_and_answers(
                 answers.update(zip(rows, answer_ids(model, tokenizer, some, max_new_tokens, ends)))
             bar.update(len(rows))
     ends = list(ends) or [tokenizer.eos_token_id]
-    answered = [
-        (tokenizer.decode(answers[row], skip_special_tokens=True).strip(), not set(ends).isdisjoint(answers[row]))
-        for row in sorted(answers)
-    ]
+    answered = [text_and_end(tokenizer, answers[row], ends) for row in sorted(answers)]
+    answered = [(text.strip(), ended) for text, ended in answered]
     return math.exp(loss / int(batches.label_counts[order].sum())), answered

@@ -43,6 +43,7 @@ def of_summaries(command: Command) -> bool:
 OPTIONAL = {
     "bitsandbytes": in_fewer_bits,
     "rouge_score": of_summaries,
+    "tensorboard": lambda command: "--report-to" in command.words,
     "gguf": lambda command: "--tiny" not in command.words,  # nor is anything unpacked
 }
 

@@ -66,6 +66,22 @@ def test_a_question_is_asked_by_the_template_and_the_answer_ends_by_itself(words
         assert "user\n\n비 오는 날 집에서" in said
 
 
+def test_a_file_of_prompts_is_answered_as_it_was_learned(memorized, tmp_path, warm):
+    """Whole conversations, and questions with a system text of their own or of --system; turns end by their token."""
+    folder = lay_out(tmp_path / "work")
+    (folder / "chat").symlink_to(memorized / "chat")
+    first, last = {"prompt": "제주도 날씨는?", "system": "날씨만 말해."}, {"prompt": "그럼 서울은?"}
+    write(folder / "questions.jsonl", [first, {"id": 7, "messages": TALK[:-1]}, {"messages": ALONE[:-1]}, last])
+    words = "--prompt-file questions.jsonl --save-path answers.jsonl --batch-rows 3"
+    said = warm(f"{ASK} --model-name-or-path ./chat --system '날씨만 말해.' {words}", cwd=folder).stdout
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert answers[1] == {"id": 7, "messages": TALK[:-1], "answer": "비가 와요.", "ended": True}
+    assert [answer["answer"] for answer in answers] == ["맑아요.", "비가 와요.", "무엇을요?", "무엇을요?"]
+    assert all(answer["ended"] for answer in answers) and "4 rows, 4 ended by themselves" in said
+    done = warm(f"{ASK} --model-name-or-path ./chat {words}", cwd=folder, ok=None)
+    tells(done, "--system was 날씨만 말해. and is None")
+
+
 def in_terminal(command, *typed, cwd):
     """What a terminal shows while these lines are typed, each when it is asked for."""
     arguments = [sys.executable, *shlex.split(command)[1:]]
@@ -106,8 +122,16 @@ def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memori
     (prompt, reference), *_ = held_out_questions(dataset, "it", tokenizer, 2)
     text = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
     assert (tokenizer.decode(prompt), reference) == (text, "비가 와요.")
-    done = warm("python tutorial/evaluate.py --model-name-or-path ./chat --rows 2", cwd=memorized)
-    assert "Perplexity" in done.stdout
+    pytest.importorskip("sacrebleu")
+    done = warm("python tutorial/evaluate.py --model-name-or-path ./chat --rows 2 --max-new-tokens 20", cwd=memorized)
+    report = json.loads((memorized / "chat" / "evaluation.json").read_text(encoding="utf-8"))
+    for name, after in (("chrF (letters, %)", 100), ("Ends by itself (%)", 100)):  # it has learned all of it by heart
+        found = report["measures"][name]
+        assert found["before"] < found["after"] == after and found["rows"] == 2
+    assert [(row["reference"], row["after"], row["ended"][1]) for row in report["answers"]] == [
+        ("비가 와요.",) * 2 + (True,)
+    ] * 2
+    assert "Answer in the data" in done.stdout and "그럼 서울은?" in done.stdout
 
 
 @pytest.mark.parametrize("ends", [True, False])

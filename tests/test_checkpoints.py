@@ -622,7 +622,7 @@ REFUSED_OF_LORA = {
 FREE = {
     "log_interval": 1, "save_steps": 3, "micro_batch_tokens": 192, "eval_step": 1, "eval_rows": 3,
     "gradient_checkpointing": True, "save_total_limit": 3, "epochs": 5, "max_train_steps": 9,
-    "dataset_name_or_path": "moved.pt",
+    "dataset_name_or_path": "moved.pt", "report_to": "tensorboard",
 }  # fmt: skip
 
 

@@ -284,9 +284,10 @@ def test_no_more_than_needed_is_read_for_the_held_out_rows():
 
 def test_how_long_it_takes_is_said_without_a_terminal(tmp_path, monkeypatch, capsys, tokenizers):
     import common.preparation
+    import common.telling
 
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 1000)
-    monkeypatch.setattr(common.preparation, "SECONDS", 0)
+    monkeypatch.setattr(common.telling, "SECONDS", 0)
     encoder = Encoder(instruction, tokenizers["smollm2"], 64, {})
     list(common.preparation.encoded_chunks("train", FileRows(tmp_path / "a.jsonl"), encoder))
     assert capsys.readouterr().out.startswith("train: 250 rows of 1000, 0 minutes left, ")

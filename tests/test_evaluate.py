@@ -10,7 +10,7 @@ import torch
 
 from common.batching import Batches
 from common.tokenization import load_tokenizer
-from dataset.scores import code_score, rouge_score
+from dataset.scores import chrf_score, code_score, rouge_score, score_of
 from model.generation import perplexity_and_answers
 from model.loading import load_model
 from model.tiny import write_tiny
@@ -22,6 +22,7 @@ TRAIN = "--batch-size 8 --max-train-steps 2 --lr 1e-3 --eval-rows 4"
 ROUGE = [f"ROUGE-{n} (F1, %)" for n in "12L"]
 CODE = ["Parses (%)", "Defines what was asked (%)"]
 PERPLEXITY, ENDED = "Perplexity (lower is better)", "Ends by itself (%)"
+CHRF = "chrF (letters, %)"
 
 # ------------------------------------------------------------------------------------------------ code
 
@@ -120,6 +121,36 @@ def test_rouge_of_the_paper(answer, expected):
     assert tuple(found.values()) == pytest.approx(expected)
 
 
+# ------------------------------------------------------------------------------------------------ any other text
+
+
+@pytest.mark.parametrize(
+    "reference, answer, expected",
+    [
+        ("비가 와요.", "비가 와요.", 100),
+        ("비가 와요.", "비 가와요.\n", 100),  # white space apart
+        ("비가 와요.", "", 0),
+        ("비가 와요.", "맑네", 0),
+        ("ab", "ac", 25),  # of letters 1/2, of pairs none: 1/4 on average, of what is right and of what is found
+        # all that is said is right; found are 2 of 4 letters and 1 of 3 pairs, 5/12, which count four times as much
+        ("가나다라", "가나", 100 * 5 * 5 / 12 / (4 + 5 / 12)),
+        ("가나", "가나다라", 100 * 5 * 5 / 12 / (4 * 5 / 12 + 1)),
+    ],
+)
+def test_chrf_of_the_paper(reference, answer, expected):
+    pytest.importorskip("sacrebleu")
+    found = chrf_score()("any prompt", reference, answer)
+    assert [name.replace("\n", " ") for name in found] == [CHRF]
+    assert [*found.values()] == [pytest.approx(expected)]
+
+
+def test_which_template_is_judged_by_what():
+    assert score_of("alpaca") is score_of("instruction") is code_score
+    pytest.importorskip("sacrebleu")
+    for template in ("korean_alpaca", "chat", "a_readers_own", ""):
+        assert score_of(template).__doc__.startswith("chrF")
+
+
 # ------------------------------------------------------------------------------------------------ answers
 
 
@@ -189,16 +220,23 @@ def check(done, folder, saved, names, dataset):
     assert (folder / saved / "evaluation.png").read_bytes()[:4] == b"\x89PNG"
     assert "4/4" in done.stderr  # the progress bar
 
-    assert len(report["answers"]) == (4 if names else 0)
-    if not names:
-        return report
-    rows, tokenizer = torch.load(folder / dataset)["validation"], load_tokenizer(str(folder / saved))
+    assert len(report["answers"]) == 4
+    rows = torch.load(folder / dataset)["validation"]
+    base = json.loads((folder / saved / "run.json").read_text(encoding="utf-8"))["options"]["model_name_or_path"]
+    tokenizer = load_tokenizer(str(folder / base))
     for row, answers in enumerate(report["answers"]):  # in the order of the file, though they were asked by length
         ids = rows["input_ids"][rows["offsets"][row] : rows["offsets"][row + 1]].tolist()
         start = answer_start(rows, row)
         decoded = [tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:start], ids[start:])]
         assert [answers["prompt"], answers["reference"]] == [decoded[0], decoded[1].strip()]
-        assert {"before", "after"} < set(answers)
+        assert [type(answers[when]) for when in ("before", "after")] == [str, str]
+    for place, when in enumerate(("before", "after")):
+        ended = [answers["ended"][place] for answers in report["answers"]]
+        assert 100 * sum(ended) / 4 == measures[ENDED][when]
+    # the first two side by side
+    assert done.stdout.count("Answer in the data") == 2
+    shown = [answers["prompt"].split()[2] in done.stdout for answers in report["answers"][:2]]
+    assert shown == [True, True]
     return report
 
 
@@ -231,15 +269,32 @@ def test_code(folder, warm):
 
 
 def test_an_adapter_on_korean(ready, warm):
-    """One model in memory, asked without the adapter and with it; no answers, perplexity alone."""
+    """One model in memory, asked without the adapter and with it."""
     pytest.importorskip("peft")
+    pytest.importorskip("sacrebleu")
     # on Llama3's stand-in: the oldest transformers that is tested doesn't know Llama 3.1
     model, sample = "--model-name-or-path ./llama3-8b", "dataset/samples/korean_safe_conversation"
     warm(f"python dataset/prepare_llama3_1_dataset.py {model} --dataset-name-or-path {sample}", cwd=ready)
     warm(f"python tutorial/train_llama3_1.py {model} {TRAIN} --no-quantization", cwd=ready)
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean", cwd=ready)
-    check(done, ready, "./llama3_1_korean", [], "llama3_1_dataset.pt")
+    check(done, ready, "./llama3_1_korean", [CHRF, ENDED], "llama3_1_dataset.pt")
     assert done.stdout.count("Adapter ./llama3_1_korean") == 1
+    done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean --show 0", cwd=ready)
+    assert "Answer in the data" not in done.stdout
+
+
+def test_a_template_of_the_readers_own(trained, warm):
+    """It is measured as conversations are, by what the data says."""
+    pytest.importorskip("sacrebleu")
+    change_dataset(trained / "llama3_dataset.pt", lambda document: document["meta"].update(template="mine"))
+    warm(f"{EVALUATE} --model-name-or-path ./trained", cwd=trained)
+    report = json.loads((trained / "trained" / "evaluation.json").read_text(encoding="utf-8"))
+    assert list(report["measures"]) == [PERPLEXITY, CHRF, ENDED]
+    score = chrf_score()
+    for when in ("before", "after"):
+        each = [score("", answers["reference"], answers[when]) for answers in report["answers"]]
+        mean = sum(value for one in each for value in one.values()) / 4
+        assert report["measures"][CHRF][when] == pytest.approx(mean)
 
 
 # ------------------------------------------------------------------------------------------------ a reader's mistakes

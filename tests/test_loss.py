@@ -145,7 +145,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
                          batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
                          block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
                          eval_step=0, eval_rows=0, seed=0, lr=1.0, save_dir=str(tmp_path), save_steps=0,
-                         keep_best=False, save_total_limit=1, restart=True, skip_nonfinite=0,
+                         keep_best=False, save_total_limit=1, restart=True, skip_nonfinite=0, report_to=None,
                          model_name_or_path="model")  # fmt: skip
         # with a learning rate of 1, the change of a weight is its gradient
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)

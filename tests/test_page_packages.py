@@ -58,6 +58,7 @@ def test_a_page_that_does_not_install_what_its_script_needs(tmp_path):
         ("bitsandbytes", "tutorial/train_llama3_1.py", [], ["llama3_1"], []),
         ("gguf", "tutorial/download_smollm2.py", [], ["mistral"], []),
         ("rouge_score", "tutorial/evaluate.py", [], ["mistral"], ["dataset/prepare_llama2_dataset.py"]),
+        ("tensorboard", "tutorial/train_llama2.py", ["--report-to", "tensorboard"], ["llama2"], []),
     ],
 )
 def test_what_is_missing(package, script, words, files, before):
@@ -72,6 +73,7 @@ def test_what_is_missing(package, script, words, files, before):
         ("bitsandbytes", "tutorial/train_llama3_1.py", ["--no-quantization"], ["llama3_1"]),
         ("gguf", "tutorial/download_smollm2.py", ["--tiny"], ["mistral"]),
         ("rouge_score", "tutorial/evaluate.py", [], ["mistral"]),
+        ("tensorboard", "tutorial/train_llama2.py", [], ["llama2"]),
     ],
 )
 def test_each_exception_is_needed(package, script, words, files):

@@ -96,6 +96,14 @@ def test_the_eight_train_scripts_end_alike():
     assert len(tails) == 8 and len(set(tails.values())) == 1
 
 
+def test_the_six_inference_scripts_of_one_question_end_alike():
+    tails = set()
+    for path in (ROOT / "tutorial").glob("inference_*.py"):
+        if path.name != "inference_qwen3.py":  # a conversation goes on
+            tails.add(path.read_text(encoding="utf-8").split("  # this one, or with --save-path")[1])
+    assert len(tails) == 1
+
+
 def test_the_seven_downloads_from_the_hub_end_alike():
     tails = set()
     for path in (ROOT / "tutorial").glob("download_*.py"):

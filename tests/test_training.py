@@ -44,6 +44,7 @@ def options(tmp_path, **changed):
         "bits": 0, "use_lora": False, "gradient_checkpointing": False, "model_name_or_path": "model",
         "dataset_name_or_path": "data", "save_steps": 0, "save_total_limit": 1, "restart": False, "keep_best": False,
         "skip_nonfinite": 0,
+        "report_to": None,
     }  # fmt: skip
     return Namespace(**{**values, **changed})
 

@@ -13,6 +13,7 @@ from common import less_memory
 from common.dataset_cache import ends_of, held_out_questions, load_dataset
 from common.model_directory import require_adapter
 from common.parser import COUNT, Parser, add_bits
+from common.tables import print_answers
 from common.tokenization import load_tokenizer
 
 
@@ -29,10 +30,6 @@ def main():
     require_adapter(args.model_name_or_path)
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from common.accelerator import start_accelerator
     from model.generation import answer_ids, prompt_room
     from model.loading import load_model
@@ -51,14 +48,8 @@ def main():
         before = answer_ids(model, tokenizer, prompts, args.max_new_tokens, ends)
 
     for (_, reference), *ids in zip(questions, prompts, before, after):
-        question, *answers = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in ids)
-        if len(question) > 600:  # an article
-            question = question[:300] + " ... " + question[-300:]
-        table = Table(title=Text(question), title_justify="left")
-        for heading in ("Base", "Adapter", "Answer in the data"):
-            table.add_column(heading, ratio=1, overflow="fold")
-        table.add_row(*map(Text, (*answers, reference)))  # as Text, because rich reads [INST] as its markup
-        Console().print(table)
+        question, base, adapter = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in ids)
+        print_answers(question, {"Base": base, "Adapter": adapter, "Answer in the data": reference})
 
 
 if __name__ == "__main__":

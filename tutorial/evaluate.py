@@ -15,9 +15,12 @@ code       parses: it is Python (where the answer has a fenced block: what that 
            defines what was asked: where the data's answer defines functions or classes at its top level, so does this
            one; those that the prompt names by their names, else one of the same kind. Rows without any don't count.
            No code is run: what parses may still be wrong.
+others     chrF2 of the letters (Popovic 2015, https://aclanthology.org/W15-3049/), of any language and any template:
+           conversations, Korean, your own. It says how much of the data's words an answer has, not whether it is right.
 
-Answers are greedy; code and summaries are also counted that end by themselves. A share p of n rows is known to about
-2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. All answers go to evaluation.json: read them.
+Answers are greedy; those are also counted that end by themselves. A share p of n rows is known to about
+2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. The first answers are shown side by side, all of them go to
+evaluation.json: read them.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ from common import UserError, less_memory
 from common.dataset_cache import ends_of, held_out_questions, load_dataset
 from common.files import require_place, written_whole
 from common.model_directory import base_of, require_model, run_of
-from common.parser import COUNT, Parser, add_bits
+from common.parser import COUNT, COUNT_OR_NONE, Parser, add_bits
+from common.tables import print_answers, print_measures
 from common.tokenization import fingerprint, load_tokenizer
 from dataset.scores import digits, measures_of, score_of
 
@@ -49,6 +53,7 @@ def arguments():
     add("--rows", type=COUNT, default=64, help="held-out rows to use at most")
     add("--batch-rows", type=COUNT, default=8, help="questions asked at once, fewer need less memory")
     add("--max-new-tokens", type=COUNT, default=256, help="tokens of an answer at most")
+    add("--show", type=COUNT_OR_NONE, default=2, help="rows whose answers are printed side by side")
     add_bits(parser, "load the models, or the adapter's base, in 4 bit")
     args = parser.parse_args()
     less_memory.extend(["--load-in-4bit"] * (args.bits != 4) + ["--batch-rows", "--max-new-tokens"])
@@ -95,8 +100,7 @@ def main():
         return load_model(directory, accelerator.device, accelerator.dtype, args.bits)
 
     def measure(model, when):
-        longest = args.max_new_tokens if score else 0
-        return perplexity_and_answers(model, tokenizer, batches, prompts, longest, accelerator, when, ends)
+        return perplexity_and_answers(model, tokenizer, batches, prompts, args.max_new_tokens, accelerator, when, ends)
 
     base = base_of(args.model_name_or_path)
     if base != args.model_name_or_path and base == args.base_model_name_or_path:  # an adapter on that base
@@ -113,32 +117,20 @@ def main():
     report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": accelerator.name}
     report["measures"] = {name.replace("\n", " "): values for name, values in measures.items()}
     report["answers"] = [
-        {"prompt": prompt, "reference": reference, "before": old, "after": new}
-        for prompt, reference, (old, _), (new, _) in zip(texts, references, before[1], after[1])
+        {"prompt": prompt, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
+        for prompt, reference, (old, old_ended), (new, new_ended) in zip(texts, references, before[1], after[1])
     ]
     with written_whole(Path(args.save_dir) / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     draw_before_and_after(measures, digits, Path(args.save_dir) / "evaluation.png")
     # saved before it is printed: `| head` may have closed the output
     print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
-    print_table(measures)
-    if score:
-        print(" ".join(score.__doc__.split()))  # what the measures are
+    print_measures(measures, digits)
+    print(" ".join(score.__doc__.split()))  # what the measures are
+    for row in report["answers"][: args.show]:
+        answers = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
+        print_answers(row["prompt"].strip(), answers)
     print(f"Saved in {args.save_dir}: evaluation.json, evaluation.png")
-
-
-def print_table(measures: dict) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("Measure", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for heading in ("Before", "After", "Rows"):
-        table.add_column(heading, justify="right")
-    for name, values in measures.items():
-        before, after = (digits(name) % values[when] for when in ("before", "after"))
-        table.add_row(name.replace("\n", " "), before, after, str(values["rows"]))
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
     python tutorial/inference_llama2.py
     python tutorial/inference_llama2.py --prompt-file article.txt
     python tutorial/inference_llama2.py --model-name-or-path ./llama-2-13b-hf
+    python tutorial/inference_llama2.py --prompt-file questions.jsonl --save-path answers.jsonl
 
-The second asks with your own text, the third asks the untrained model, to compare.
+The second asks with your own text, the third asks the untrained model, to compare. The fourth answers a file of
+articles, a row each.
 """
 
 import sys
@@ -14,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.arguments import inference_arguments
 from common.model_directory import require_model
-from common.tokenization import encode_prompt, load_tokenizer
+from common.tokenization import load_tokenizer
+from dataset.questions import load_questions
 from dataset.templates import summarization
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
@@ -34,19 +37,23 @@ TRAIN = "Run python tutorial/train_llama2.py first, or give a directory with --m
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./llama2_summarization")
     require_model(args.model_name_or_path, hint=TRAIN, template=summarization)
+    # a row without its answer, and the template of the training: the model is asked in the format in which it learned
+    question = {"article": args.prompt or ARTICLE, "highlights": ""}
+    questions = load_questions(args, summarization, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
     from common.accelerator import start_accelerator
-    from model.generation import prompt_room, stream_answer
+    from model.generation import answer_rows, stream_answer
     from model.loading import load_model
 
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    prompts = questions.encode(tokenizer, args)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
-    # the template of the training, so that the model is asked in the format in which it learned
-    example = summarization({"article": args.prompt or ARTICLE, "highlights": ""})
-    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
-    stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature)
+    if args.save_path:
+        answer_rows(model, tokenizer, prompts, questions.answers, args, accelerator)
+    else:
+        stream_answer(model, tokenizer, prompts[0], args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@
     python tutorial/inference_llama3.py --prompt-file article.txt
     python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b
     python tutorial/inference_llama3.py --model-name-or-path ./llama3_70b_summarization
+    python tutorial/inference_llama3.py --prompt-file questions.jsonl --save-path answers.jsonl
 
 The second asks with your own text, the third asks the untrained model, to compare. The fourth asks the 70B, which is
-also what the first does where there is no trained 8B.
+also what the first does where there is no trained 8B. The last asks for a file of articles, a row each.
 """
 
 import sys
@@ -16,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.arguments import inference_arguments
 from common.model_directory import require_model
-from common.tokenization import encode_prompt, load_tokenizer
+from common.tokenization import load_tokenizer
+from dataset.questions import load_questions
 from dataset.templates import summarization
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
@@ -41,19 +43,23 @@ def main():
         __doc__, model_name_or_path=next((path for path in trained if Path(path).is_dir()), trained[0])
     )
     require_model(args.model_name_or_path, hint=TRAIN, template=summarization)
+    # a row without its answer, and the template of the training: the model is asked in the format in which it learned
+    question = {"article": args.prompt or ARTICLE, "highlights": ""}
+    questions = load_questions(args, summarization, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
     from common.accelerator import start_accelerator
-    from model.generation import prompt_room, stream_answer
+    from model.generation import answer_rows, stream_answer
     from model.loading import load_model
 
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
+    prompts = questions.encode(tokenizer, args)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
-    # the template of the training, so that the model is asked in the format in which it learned
-    example = summarization({"article": args.prompt or ARTICLE, "highlights": ""})
-    prompt = encode_prompt(tokenizer, example, prompt_room(model, args.max_new_tokens))
-    stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature)
+    if args.save_path:
+        answer_rows(model, tokenizer, prompts, questions.answers, args, accelerator)
+    else:
+        stream_answer(model, tokenizer, prompts[0], args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
     python tutorial/inference_qwen3.py
     python tutorial/inference_qwen3.py --prompt "..." --system "..."
     python tutorial/inference_qwen3.py --model-name-or-path ./qwen3-4b
+    python tutorial/inference_qwen3.py --prompt-file questions.jsonl --save-path answers.jsonl
 
 The first is a conversation in a terminal, until an empty line; its oldest exchanges are forgotten where the model has
 no room for more. The second asks one question, --system says how to answer. The third talks with the untrained model.
+The fourth answers a file of questions or conversations, a row each.
 """
 
 import sys
@@ -19,6 +21,7 @@ from common.conversation import chat
 from common.model_directory import require_model
 from common.text import text_of
 from common.tokenization import load_tokenizer
+from dataset.questions import load_questions
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
 TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --model-name-or-path."
@@ -27,33 +30,36 @@ TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --mo
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./qwen3_korean_chat", chat=True)
     require_model(args.model_name_or_path, hint=TRAIN, template=chat)
+    question = {"prompt": args.prompt or QUESTION, "system": args.system}
+    questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
     from common.accelerator import start_accelerator
     from common.chat import chat_of
     from common.chat_rows import encode_question
-    from model.generation import prompt_room, stream_answer
+    from model.generation import answer_rows, prompt_room, stream_answer
     from model.loading import load_model
 
     accelerator = start_accelerator(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     template = chat_of(tokenizer)  # the tokenizer's own, as in the training
     ends = [template.end_of_turn(), tokenizer.eos_token_id]
+    prompts = questions.encode(tokenizer, args, template)
     model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
-    room = prompt_room(model, args.max_new_tokens)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    if args.save_path:
+        return answer_rows(model, tokenizer, prompts, questions.answers, args, accelerator, ends)
 
-    def answer_to(question: str, show_prompt: bool) -> None:
-        messages.append({"role": "user", "content": question})
-        prompt = encode_question(template, messages, room)
-        said = stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt)
-        messages.append({"role": "assistant", "content": said})
+    def answer_to(prompt: list, show_prompt: bool) -> str:
+        return stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt)
 
     if args.prompt or not (sys.stdin and sys.stdin.isatty()):
-        return answer_to(args.prompt or QUESTION, True)
+        return answer_to(prompts[0], True)
     print("Ask, and go on asking. An empty line ends the conversation.")
-    for question in iter(typed, ""):
-        answer_to(question, False)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    for text in iter(typed, ""):
+        messages.append({"role": "user", "content": text})
+        prompt = encode_question(template, messages, None, prompt_room(model, args.max_new_tokens))
+        messages.append({"role": "assistant", "content": answer_to(prompt, False)})
 
 
 def typed() -> str:
