@@ -85,8 +85,8 @@ class Training:
         self.random = accelerator.random_states()  # as the last finished step has left them
         self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
         self.finite = Finite(accelerator.device, self.scaler.is_enabled())
-        log = CurvesToo if args.report_to else TrainingLog
-        self.log = log(args.save_dir, self.total_steps, self.state.step, self.state.records)
+        of_log = args.save_dir, self.total_steps, self.state.step, self.state.records
+        self.log = CurvesToo(*of_log) if args.report_to else TrainingLog(*of_log)
 
     def step(self) -> None:
         """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole

@@ -107,12 +107,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if not (need_hidden or need_weight or need_bias):
                 continue
             # d loss / d logits = softmax - one-hot; it takes the place of the logits
-            grad = shares
-            grad[each, target] -= 1
+            shares[each, target] -= 1
             if need_bias:
-                grad_bias += grad.sum(0)
-            if dtype != torch.float32:
-                grad = product.copy_(grad)
+                grad_bias += shares.sum(0)
+            grad = shares if dtype == torch.float32 else product.copy_(shares)
             if need_hidden:
                 grad_hidden[start : start + rows] = grad @ product_weight
             if need_weight and dtype == torch.float32:

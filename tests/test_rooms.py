@@ -57,7 +57,7 @@ def test_the_way_to_the_first_step_is_short(warm, ready):
     planned = {f"model/{room}.py" for room in ("fit", "plan", "counts", "on_paper")}  # a learner may pass it by
     assert planned <= set(lines)
     assert sum(lines.values()) == total
-    assert sum(count for room, count in lines.items() if room not in planned) <= 1400, done.stdout
+    assert sum(count for room, count in lines.items() if room not in planned) <= 1410, done.stdout
     assert sum(lines[room] for room in planned) <= 350, done.stdout
     # it has seen the way: the script, the loop, the loss, the optimizer
     assert {"tutorial/train_llama2.py", "common/training.py", "model/loss.py", "common/optimizer.py"} <= set(lines)
