@@ -60,7 +60,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
-        "dataset": source,
+        "dataset": str(source),
+        **({"card": source.card} if getattr(source, "card", {}) else {}),  # its licence and language
         "template": "chat" if chat else template.__name__,
         "block_size": args.block_size,
         **of_chat,

@@ -22,6 +22,7 @@ from common.conversion import INDEX, is_converted, name_of_converted, to_safeten
 from common.files import require_place, require_room
 from common.hub_files import choose_files
 from common.model_directory import check_weights
+from common.origin import write_origin
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 AGAIN = "run the same command again (files that are complete are kept)"
@@ -92,6 +93,7 @@ def download_model(repo_id, save_dir, token=None, convert=False):
     if convert:
         to_safetensors(save_dir)
     check_weights(save_dir, hint="run the same command again")
+    write_origin(target, repo_id, f"revision {info.sha}")
     print(f"Model saved in {save_dir}", flush=True)
 
 

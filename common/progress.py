@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from common import missing_package
 from common.files import flush, written_whole
+from common.origin import made_of
 from common.processes import is_first
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +120,7 @@ def facts_of_run(options: dict, dataset_meta: dict, device: str) -> dict:
     return {
         "command": sys.argv,
         "options": options,
+        "made_of": made_of(options["model_name_or_path"]),
         "dataset": dataset_meta,
         "device": device,
         "commit": _commit(),

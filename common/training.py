@@ -56,7 +56,7 @@ def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, check
         print(plan.compared(memory_used(accelerator.device)[1]))
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
-    return facts_of_run(options, dataset["meta"], accelerator.name)
+    return {**facts_of_run(options, dataset["meta"], accelerator.name), **training.measured()}
 
 
 class Training:
@@ -193,6 +193,13 @@ class Training:
         """The state with what the loop keeps elsewhere: a tensor on the device, a clock that runs."""
         self.state.loss_sum, self.state.seconds = self.loss_sum.item(), self.clock.seconds()
         return self.state
+
+    def measured(self) -> dict:
+        """For run.json: the steps, and the held-out loss before the first and of the weights that are saved."""
+        found = [record["held_out_loss"] for record in self.log.records if "held_out_loss" in record]
+        best = [record["best_held_out_loss"] for record in self.log.records if "best_held_out_loss" in record]
+        losses = {"before": found[0], "after": (found + best)[-1], "rows": len(self.held_out_rows)} if found else {}
+        return {"steps": self.total_steps, **({"held_out_loss": losses} if losses else {})}
 
     def end_at(self, problem: str) -> None:
         """UserError where there is a problem, with what is left."""

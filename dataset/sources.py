@@ -26,6 +26,12 @@ HOLD_OUT_EVERY = 20  # of a dataset without a validation split, every 20th row i
 HOLD_OUT_AT_MOST = 256  # up to this many
 
 
+class Source(str):
+    """A name for data, and what its dataset card says, of the hub or of README.md in a folder."""
+
+    card: dict = {}  # "license" and "language", each where it is known
+
+
 def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     """{"train": rows, "validation": rows} of a file, of a folder with train and validation files, or of a hub id; and
     a name for them, with the hub's revision where there is one. "my.json#data" is the list `data` within my.json.
@@ -45,7 +51,8 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     if name_or_path == "standard-library":
         splits, source = standard_library_splits(), f"the standard library of Python {platform.python_version()}"
     elif path.is_dir():
-        splits = _folder(path)
+        splits, source = _folder(path), Source(name_or_path)
+        source.card = _card_of(path)
     elif suffix in SUFFIXES and path.is_file():
         splits = {"train": FileRows(path, inside)}
     elif path.exists() or looks_local:
@@ -126,9 +133,10 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
 
     try:
-        revision = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
+        info = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        revision, card = info.sha, _known(info.card_data)
     except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
-        revision = None
+        revision, card = None, {}
     try:
         # as datasets.load_dataset does it, which would not say whether it has it already
         builder = datasets.load_dataset_builder(name, CONFIGS.get(name), revision=revision, **trust)
@@ -145,4 +153,23 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
     if "train" not in loaded:
         raise UserError(f"The dataset {name} has no split named train, it has: {', '.join(loaded)}.")
     splits = {split: HubRows(f"{name}, {split}", loaded[split]) for split in ("train", "validation") if split in loaded}
-    return splits, f"{name} at {revision or 'an unknown revision'}"
+    source = Source(f"{name} at {revision or 'an unknown revision'}")
+    source.card = card
+    return splits, source
+
+
+def _card_of(folder: Path) -> dict:
+    from huggingface_hub import DatasetCard
+
+    try:
+        return _known(DatasetCard.load(folder / "README.md").data)
+    except Exception:  # there is none, or a README.md with another head, or none
+        return {}
+
+
+def _known(data) -> dict:
+    """What matters of a card's data, huggingface_hub's, to whoever publishes a model of it."""
+    card = {key: getattr(data, key, None) for key in ("license", "language")}
+    card = {key: [value] if isinstance(value, str) else value for key, value in card.items()}
+    card = {key: [str(one) for one in value] for key, value in card.items() if isinstance(value, list) and value}
+    return {**card, **({"license": ", ".join(card["license"])} if "license" in card else {})}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from common import UserError, after_interrupt, full_disk, processes, without_secrets
+from common import UserError, after_interrupt, full_disk, processes, reason_of, without_secrets
 from common.checkpoint_files import checkpoints_in
 from common.dataset_cache import ends_of
 from common.files import require_room, weights_fingerprint, written_whole
@@ -125,8 +125,9 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
     base: the directory whose types the weights get back; without one they are saved as they are. Of a model with an
     adapter the adapter alone is saved, as it is. run: what is to stand in run.json (common.training.train gives it).
-    All of it is on the disk, has been compared with the model, and takes the place of a model that is there already in
-    one step, before the last line. UserError where it differs: what was there before stays.
+    A model card comes along, where one of the two is known. All of it is on the disk, has been compared with the model,
+    and takes the place of a model that is there already in one step, before the last line. UserError where it differs:
+    what was there before stays.
     """
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
@@ -134,7 +135,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     checkpoints = [path.name for path in checkpoints_in(save_dir)] + [FULL_MEMORY] if run else []
     try:
         with processes.by_first(lambda: written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints))) as new:
-            _write(network, tokenizer, new, base, run)
+            _write(network, tokenizer, new, save_dir, base, run or {})
     except Exception as error:  # safetensors has a type of its own for a disk that is full
         if not full_disk(error):
             raise
@@ -145,11 +146,12 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     print(f"Model saved in {save_dir}")
 
 
-def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[dict]) -> None:
-    meta = (run or {}).get("dataset", {})
+def _write(network: nn.Module, tokenizer, new: Path, save_dir: str, base: str, run: dict) -> None:
+    meta = run.get("dataset", {})
+    end = ends_of(meta, tokenizer)[0]
     adapter = hasattr(network, "get_base_model")  # not `peft_config`: in peft 0.17 a merged model keeps it
     if not adapter:
-        _save_weights(network, tokenizer, new, base, ends_of(meta, tokenizer)[0])
+        _save_weights(network, tokenizer, new, base, end)
     if not processes.is_first():
         return
     if adapter:
@@ -159,6 +161,17 @@ def _write(network: nn.Module, tokenizer, new: Path, base: str, run: Optional[di
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))
         (new / RUN).write_text(text, encoding="utf-8")
+    if run or base:
+        from model.card import write_card  # here: the way to the first step needs none
+
+        by_chat = meta.get("chat_template", meta.get("template") == "chat")
+        parts = run.get("made_of") or {"base": base or (network.get_base_model() if adapter else network).name_or_path}
+        try:
+            write_card(new, save_dir, parts, run, adapter, {"chat": bool(by_chat), "end": end})
+        except OSError:
+            raise
+        except Exception as error:  # a card is not worth a trained model
+            print(f"The model card was not written: {reason_of(error)}")
     mode = min(new.glob("*config.json")).stat().st_mode
     for file in new.iterdir():
         file.chmod(mode)  # safetensors lets nobody else read its files

@@ -20,6 +20,8 @@ import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+import yaml
+
 LFS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".parquet", ".model")
 DATE = "2024-01-01T00:00:00.000Z"
 
@@ -211,6 +213,8 @@ class _Handler(BaseHTTPRequestHandler):
                     sibling["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 134}
             siblings.append(sibling)
         info = {"id": repo, "sha": commit, "siblings": siblings, "gated": "manual" if repo in hub.gated else False}
+        head = re.match(rb"---\n(.*?)\n---\n", files.get("README.md", b""), re.DOTALL)
+        info.update({"cardData": yaml.safe_load(head.group(1))} if head else {})
         info.update(private=False, disabled=False, tags=[], downloads=0, likes=0, author=repo.split("/")[0])
         return dict(info, lastModified=DATE, createdAt=DATE, **({"modelId": repo} if kind == "models" else {}))
 

@@ -148,14 +148,14 @@ def check_model(page, folder):
         made = {"training_log.jsonl", "training_loss.png", "run.json", "tokenizer.json", "tokenizer_config.json"}
         files = {path.name for path in (folder / page.save_dir).iterdir()}
         files.discard("special_tokens_map.json")  # of older transformers
-        assert files == made | {"adapter_config.json", "adapter_model.safetensors"}
+        assert files == made | {"adapter_config.json", "adapter_model.safetensors", "README.md"}
         return
     before, after = (load_file(folder / where / "model.safetensors") for where in (page.model_dir, page.save_dir))
     assert {key: weight.dtype for key, weight in before.items()} == {key: weight.dtype for key, weight in after.items()}
     assert not [key for key, weight in before.items() if weight.dim() > 1 and torch.equal(weight, after[key])]
     assert all(bool(torch.isfinite(weight).all()) for weight in after.values())
     files = {path.name for path in (folder / page.save_dir).iterdir()}
-    assert files > {"config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert files > {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md"}
     assert not [path for path in (*folder.iterdir(), *(folder / page.save_dir).iterdir()) if temporary(path)]
 
 

