@@ -10,6 +10,8 @@ from pathlib import Path
 
 from common import UserError, less_memory
 from common.files import require_place
+from common.lora_options import DEFAULTS, settle_lora
+from common.model_directory import base_of
 from common.one_voice import speak_once
 from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch, tensorboard
 from common.processes import count
@@ -100,11 +102,14 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--gradient-checkpointing", nargs="?", const="on", choices=[*SWITCH], default="auto", help=twice)
     add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_const", const="off", help=HIDDEN)
     add_switch(memory, "use-lora", False, "train small matrices beside frozen weights, and save only those")
-    add("--lora-r", type=COUNT, default=16, help="rank of these matrices")
-    add("--lora-alpha", type=NUMBER, default=16, help="their product is multiplied by alpha / r")
-    add("--lora-dropout", type=NUMBER, default=0.0, help="share of their inputs that is dropped in training")
+    # None: not given. An adapter that is trained further has its own
+    told = {name: f" (default: {value})" for name, value in DEFAULTS.items()}
+    add("--lora-r", type=COUNT, help=f"rank of these matrices{told['lora_r']}")
+    add("--lora-alpha", type=NUMBER, help=f"their product is multiplied by alpha / r{told['lora_alpha']}")
+    dropout = f"share of their inputs that is dropped in training{told['lora_dropout']}"
+    add("--lora-dropout", type=NUMBER, help=dropout)
     target = "names of layers, or all-linear for every linear layer but the output layer"
-    add("--lora-target-modules", nargs="+", default=["all-linear"], metavar="NAME", help=target)
+    add("--lora-target-modules", nargs="+", metavar="NAME", help=target + told["lora_target_modules"])
     by_default = " (the default here)" if defaults.get("bits") == 4 else ""
     add_bits(memory, f"hold the frozen weights in 4 bit, with --use-lora{by_default}")
 
@@ -124,8 +129,10 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     )
     add("--skip-nonfinite", type=COUNT_OR_NONE, default=0, help="steps without a finite loss that may be left out")
 
-    parser.set_defaults(**{"bits": 0, **defaults})
+    bits = defaults.pop("bits", 0)
+    parser.set_defaults(**defaults)
     args = parser.parse_args()
+    settle_lora(args, bits)
     args.gradient_checkpointing = SWITCH[args.gradient_checkpointing]
     if args.bits and not args.use_lora:
         parser.error(
@@ -146,8 +153,9 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     args.max_train_steps = args.max_train_steps or (0 if args.epochs else steps)
     args.epochs = args.epochs or epochs
     require_place(Path(args.save_dir), "--save-dir")  # now, and not after hours of training
-    if Path(args.save_dir).resolve() == Path(args.model_name_or_path).resolve():
-        raise UserError(f"--save-dir {args.save_dir} is the model directory, which would be lost. Give another.")
+    for model in (args.model_name_or_path, base_of(args.model_name_or_path)):
+        if Path(args.save_dir).resolve() == Path(model).resolve():
+            raise UserError(f"--save-dir {args.save_dir} is the model directory, which would be lost. Give another.")
     less_memory.extend(["--use-lora"] * (not args.use_lora) + ["--load-in-4bit"] * (args.bits != 4))
     less_memory.extend(
         ["--gradient-checkpointing"] * (args.gradient_checkpointing is not True) + ["--micro-batch-tokens"]

@@ -43,7 +43,7 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
     require_peft()
     from peft import LoraConfig, get_peft_model
 
-    from model.targets import adapted, choose_targets, matrices
+    from model.targets import choose_targets, matrices
 
     targets = choose_targets(model, base, target_modules, dropout)
     total = sum(matrices(model).values())
@@ -66,6 +66,14 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
             f"peft puts no adapter beside these layers of {base}: {reason_of(error)} Name others with "
             "--lora-target-modules."
         ) from None
+    _tell(model, r, total)
+    return model
+
+
+def _tell(model: nn.Module, r: int, total: int) -> None:
+    """Print what is trained of a peft model, and which share of `total` weights of its base has nothing beside it."""
+    from model.targets import adapted
+
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     beside = adapted(model)
     names = sorted({name.split(".")[-1] for name in beside})
@@ -73,7 +81,6 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
     without = 1 - sum(beside.values()) / total
     if without > 0.0005:
         print(f"LoRA: {without:.1%} of the weights between embeddings and output layer have no adapter beside them")
-    return model
 
 
 def save_adapter(model: nn.Module, directory: Path, template: str) -> None:
@@ -114,8 +121,25 @@ def _without_new_keys(path: Path, config) -> None:
     path.write_text(json.dumps(kept, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
-    """`model` with the adapter of `adapter_dir` on it, to be asked or merged. UserError where it is of another base."""
+def go_on_with(model: nn.Module, adapter_dir: str, dropout: float) -> nn.Module:
+    """As add_lora, with the matrices of the adapter of `adapter_dir` as they are, to be trained further."""
+    require_peft()
+    from peft import PeftConfig
+
+    from model.targets import matrices
+
+    total = sum(matrices(model).values())
+    config = PeftConfig.from_pretrained(adapter_dir)
+    config.lora_dropout = dropout
+    model = load_adapter(model, adapter_dir, is_trainable=True, config=config)
+    print(f"LoRA: the adapter {adapter_dir} is trained further")
+    _tell(model, config.r, total)
+    return model
+
+
+def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
+    """`model` with the adapter of `adapter_dir` on it, to be asked or merged; `options`: peft's. UserError where it is
+    of another base."""
     require_package("peft", LEAST_PEFT, "an adapter")
     from peft import PeftModel
 
@@ -128,7 +152,7 @@ def load_adapter(model: nn.Module, adapter_dir: str) -> nn.Module:
         )
     try:
         with _without_warnings():
-            return PeftModel.from_pretrained(model, adapter_dir)
+            return PeftModel.from_pretrained(model, adapter_dir, **options)
     except Exception as error:  # a damaged file, layers of another model: each has a type of its own
         raise UserError(
             f"The adapter {adapter_dir} can't be put on {base}: {reason_of(error)}. Train it again."

@@ -124,7 +124,7 @@ def _method(options: dict, made_of: dict) -> str:
     names = ", ".join(options["lora_target_modules"])
     bits = f", base in {options['bits']} bit" if options.get("bits") else ""
     return (
-        f"LoRA, r {options['lora_r']}, alpha {options['lora_alpha']}, dropout {options['lora_dropout']}, "
+        f"LoRA, r {options['lora_r']}, alpha {options['lora_alpha']:g}, dropout {options['lora_dropout']}, "
         f"beside {names}{bits}"
     )
 

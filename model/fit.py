@@ -8,6 +8,7 @@ from typing import Iterator, Optional
 from common import UserError, processes
 from common.accelerator import Accelerator
 from common.memory import total_memory
+from common.model_directory import base_of
 from model.counts import NoPlan, Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
@@ -38,7 +39,7 @@ def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan
 
 
 def _plan_training(args, accelerator: Accelerator, before: dict) -> Plan:
-    config = config_of(args.model_name_or_path)
+    config = config_of(base_of(args.model_name_or_path))
     may_checkpoint, memory = can_checkpoint(config), memory_of(accelerator)
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing

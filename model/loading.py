@@ -19,7 +19,7 @@ from common.files import require_room, weights_fingerprint, written_whole
 from common.memory import room_for
 from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
 from common.state import FULL_MEMORY
-from model.adapters import add_lora, load_adapter, save_adapter
+from model.adapters import add_lora, go_on_with, load_adapter, save_adapter
 from model.loss import CausalLMLoss
 from model.on_paper import enable_checkpointing
 from model.quantization import keep_trainable, tell_what_is_not_in_bits
@@ -40,16 +40,12 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
 
     All its weights, in float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the products
     are in 16 bit all the same (Accelerator.autocast). With `args.use_lora` an adapter in float32 on a base that stays
-    as it is, and so can be in 16 bit, or in `args.bits`. UserError for an adapter's directory, and, before
-    the training and not after it, where the result would not fit on the disk.
+    as it is, and so can be in 16 bit, or in `args.bits`; of an adapter's directory that adapter, on its base.
+    UserError, before the training and not after it, where the result would not fit on the disk.
     """
-    directory = args.model_name_or_path
-    if base_of(directory) != directory:
-        raise UserError(
-            f"{directory} is an adapter, not a model. Train on its base again, or make one model of the two first: "
-            f"python tutorial/merge_adapter.py --model-name-or-path {directory}"
-        )
-    processes.require_same(weights_fingerprint(directory), f"the model {directory}")
+    directory, adapter = base_of(args.model_name_or_path), args.model_name_or_path
+    for path in dict.fromkeys((directory, adapter)):
+        processes.require_same(weights_fingerprint(path), f"the model {path}")
     stored, device = how_stored(directory), accelerator.device
     if args.use_lora:
         args.bits = bits_to_use(stored, args.bits or None, directory)
@@ -67,10 +63,13 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
     base = module.model
     if args.use_lora:
         lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
-        module.model = add_lora(base, directory, *lora)
-        adapter = [weight for weight in module.parameters() if weight.requires_grad]
-        require_room(sum(weight.numel() * weight.element_size() for weight in adapter), args.save_dir, "The adapter")
-        processes.same_from_first(adapter)
+        if adapter == directory:
+            module.model = add_lora(base, directory, *lora)
+        else:
+            module.model = go_on_with(base, adapter, args.lora_dropout)
+        trained = [weight for weight in module.parameters() if weight.requires_grad]
+        require_room(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
+        processes.same_from_first(trained)
     if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
         module.require_causal(directory)
     if args.gradient_checkpointing:
