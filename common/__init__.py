@@ -17,8 +17,7 @@ import threading
 from pathlib import Path
 from typing import Optional
 
-# A thread that waits for the others sleeps: libgomp's spin otherwise, and take the core from whatever runs beside the
-# training. It reads this when torch is imported (https://gcc.gnu.org/onlinedocs/libgomp/OMP_005fWAIT_005fPOLICY.html)
+# Threads that wait sleep, and leave the core to what runs beside them: libgomp's policy, read when torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
@@ -171,9 +170,8 @@ def _one_line(kind, error, traceback):
     elif isinstance(error, SystemExit):
         sys.exit(error.code)
     elif isinstance(error, KeyboardInterrupt):
+        sys.last_value = error  # for _flush
         _tell_interrupted()
-        if kind is not KeyboardInterrupt:  # else Python itself ends as Ctrl-C ends a program
-            sys.exit(130)
     else:
         import traceback as of_python
 
@@ -205,6 +203,9 @@ def _flush():
         if not hasattr(sys, "last_value"):  # else it has been told
             os.write(2, f"error: can't write the output: {error.strerror}. Choose another place for it.\n".encode())
         os._exit(2)
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt):  # Ctrl-C: Python may have forgotten it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 sys.excepthook = _one_line

@@ -186,8 +186,12 @@ def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
 
 # ------------------------------------------------------------------------------------------------ cut, and gone on with
 
+OTHERS = (signal.SIGTERM, signal.SIGKILL)
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in OTHERS)]
+)
 def test_an_interrupt_loses_no_finished_answer(number, never_cut_answers, asks, warm):
     """And the same command answers the rest: what it writes is what a run writes that nothing has cut."""
     rows = lines(asks / "questions.jsonl") * 40

@@ -10,6 +10,8 @@ import pytest
 from tests.conftest import ROOT
 from tests.helpers import PREPARE, SAMPLE, contents, error_of, records, rows_of, tells, weights
 
+pytestmark = pytest.mark.slow  # trainings of some seconds each
+
 LIMITED = f"python {ROOT}/tests/limited.py"
 TRAIN = "tutorial/train_llama3.py --batch-size 8 --max-train-steps 6 --log-interval 3 --save-steps 2"
 SAVED = "llama3_summarization"

@@ -82,7 +82,7 @@ def models_of(text, stand_in):
 
 
 # they go the way of the others, with another model: some minutes together
-ALIKE = [f"tutorial/{name}.md" for name in ("gpt", "llama2", "llama3", "mistral")]
+ALIKE = [f"tutorial/{name}.md" for name in ("gpt", "llama2", "llama3", "mistral", "qwen3")]
 
 
 @pytest.mark.parametrize(
