@@ -10,7 +10,7 @@ from pathlib import Path
 
 from common import UserError, less_memory
 from common.files import require_place
-from common.lora_options import DEFAULTS, settle_lora
+from common.lora_options import DEFAULTS, of_adapter
 from common.model_directory import base_of
 from common.one_voice import speak_once
 from common.parser import COUNT, COUNT_OR_NONE, NUMBER, Parser, add_bits, add_switch, tensorboard
@@ -103,13 +103,12 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--no-gradient-checkpointing", dest="gradient_checkpointing", action="store_const", const="off", help=HIDDEN)
     add_switch(memory, "use-lora", False, "train small matrices beside frozen weights, and save only those")
     # None: not given. An adapter that is trained further has its own
-    told = {name: f" (default: {value})" for name, value in DEFAULTS.items()}
-    add("--lora-r", type=COUNT, help=f"rank of these matrices{told['lora_r']}")
-    add("--lora-alpha", type=NUMBER, help=f"their product is multiplied by alpha / r{told['lora_alpha']}")
-    dropout = f"share of their inputs that is dropped in training{told['lora_dropout']}"
-    add("--lora-dropout", type=NUMBER, help=dropout)
-    target = "names of layers, or all-linear for every linear layer but the output layer"
-    add("--lora-target-modules", nargs="+", metavar="NAME", help=target + told["lora_target_modules"])
+    r, alpha, dropout, layers = (f"(default: {value})" for value in DEFAULTS.values())
+    add("--lora-r", type=COUNT, help=f"rank of these matrices {r}")
+    add("--lora-alpha", type=NUMBER, help=f"their product is multiplied by alpha / r {alpha}")
+    add("--lora-dropout", type=NUMBER, help=f"share of their inputs that is dropped in training {dropout}")
+    target = f"names of layers, or all-linear for every linear layer but the output layer {layers}"
+    add("--lora-target-modules", nargs="+", metavar="NAME", help=target)
     by_default = " (the default here)" if defaults.get("bits") == 4 else ""
     add_bits(memory, f"hold the frozen weights in 4 bit, with --use-lora{by_default}")
 
@@ -132,7 +131,10 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     bits = defaults.pop("bits", 0)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
-    settle_lora(args, bits)
+    adapter = base_of(args.model_name_or_path) != args.model_name_or_path
+    for name, value in (of_adapter(args) if adapter else {**DEFAULTS, "bits": bits}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     args.gradient_checkpointing = SWITCH[args.gradient_checkpointing]
     if args.bits and not args.use_lora:
         parser.error(

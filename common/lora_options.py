@@ -1,4 +1,4 @@
-"""The options of LoRA, and the base's bits: as they are given, of an adapter that is trained further, or the defaults.
+"""The options of LoRA, and the base's bits: the defaults, and those of an adapter that is trained further.
 
 None of this imports torch, so that a contradiction is answered at once.
 """
@@ -9,41 +9,38 @@ import json
 from pathlib import Path
 
 from common import UserError
-from common.model_directory import adapter_facts, base_of, run_of
+from common.model_directory import adapter_facts, run_of
 
 DEFAULTS = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
 FIXED = ("lora_r", "lora_alpha", "lora_target_modules")  # of matrices that are there
 
 
-def settle_lora(args, bits: int) -> None:
-    """Give those of the options that are None in `args` a value; `bits`: the script's own default.
+def of_adapter(args) -> dict:
+    """{option: value} of the adapter whose directory `args.model_name_or_path` is, to be trained further.
 
-    An adapter's matrices have their r, their alpha and their places. Its base is held in the bits in which it was, and
-    the dropout is as it was, where nothing else is asked for. UserError where the options ask for other matrices, or
-    for a training of all weights, of which an adapter has none.
+    Its matrices have their r, their alpha and their places; its base is in the bits in which it was, and the dropout is
+    as it was, where `args` ask for nothing else. UserError where they ask for other matrices, or for a training of all
+    weights, of which an adapter has none.
     """
     directory = args.model_name_or_path
-    adapter, values = base_of(directory) != directory, {**DEFAULTS, "bits": bits}
-    if adapter and not args.use_lora:
+    if not args.use_lora:
         raise UserError(
             f"{directory} is an adapter. --use-lora trains it further; to train all weights, make one model of it and "
             f"its base first: python tutorial/merge_adapter.py --model-name-or-path {directory}"
         )
-    if adapter:
-        values = _of_adapter(directory)
-    for name, value in values.items():
-        given = getattr(args, name)
-        if given is None:
-            setattr(args, name, value)
-        elif adapter and name in FIXED and not _same(given, value, directory):
+    values = _values(directory)
+    for name in FIXED:
+        given, value = getattr(args, name), values[name]
+        if given is not None and not _same(given, value, directory):
             told = [" ".join(map(str, some)) if isinstance(some, list) else some for some in (given, value)]
             raise UserError(
                 f"--{name.replace('_', '-')} {told[0]}: the adapter {directory}, which is trained further, has "
                 f"{told[1]}. Leave the option out, or train a new adapter on its base."
             )
+    return values
 
 
-def _of_adapter(directory: str) -> dict:
+def _values(directory: str) -> dict:
     config = _config(directory)
     if config.get("peft_type") != "LORA":
         raise UserError(f"The adapter {directory} is of the kind {config.get('peft_type')}: only LoRA is trained here.")

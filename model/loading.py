@@ -43,8 +43,8 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
     as it is, and so can be in 16 bit, or in `args.bits`; of an adapter's directory that adapter, on its base.
     UserError, before the training and not after it, where the result would not fit on the disk.
     """
-    directory, adapter = base_of(args.model_name_or_path), args.model_name_or_path
-    for path in dict.fromkeys((directory, adapter)):
+    directory = base_of(args.model_name_or_path)
+    for path in sorted({directory, args.model_name_or_path}):  # in one order in all processes
         processes.require_same(weights_fingerprint(path), f"the model {path}")
     stored, device = how_stored(directory), accelerator.device
     if args.use_lora:
@@ -62,14 +62,7 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
         module = CausalLMLoss(base, static_shapes=accelerator.static_shapes)
     base = module.model
     if args.use_lora:
-        lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
-        if adapter == directory:
-            module.model = add_lora(base, directory, *lora)
-        else:
-            module.model = go_on_with(base, adapter, args.lora_dropout)
-        trained = [weight for weight in module.parameters() if weight.requires_grad]
-        require_room(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
-        processes.same_from_first(trained)
+        module.model = _with_adapter(base, directory, args)
     if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
         module.require_causal(directory)
     if args.gradient_checkpointing:
@@ -77,6 +70,19 @@ def load_to_train(args, accelerator) -> CausalLMLoss:
             raise UserError(f"--gradient-checkpointing: {base.config.model_type} has none. Leave the option out.")
         enable_checkpointing(base)
     return module
+
+
+def _with_adapter(base: nn.Module, directory: str, args) -> nn.Module:
+    """`base`, the model of `directory`, with a new adapter on it, or with the one that is to be trained further."""
+    if args.model_name_or_path == directory:
+        lora = args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules
+        model = add_lora(base, directory, *lora)
+    else:
+        model = go_on_with(base, args.model_name_or_path, args.lora_dropout)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    require_room(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
+    processes.same_from_first(trained)
+    return model
 
 
 def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None):
