@@ -484,14 +484,14 @@ def test_a_question_has_the_ids_of_the_training(name, with_template):
     for messages in conversations(name, CONTENTS + SPECIAL, 40, 4):
         *before, _ = messages[: 3 if messages[0]["role"] == "system" else 2]
         (ids, mask), *_ = encoded(tokenizer, [*before, message("assistant", "Yes.")])[0]
-        asked = encode_question(chat_of(tokenizer), before, 4096)
+        asked = encode_question(chat_of(tokenizer), before, None, 4096)
         start = mask.index(1)
         assert asked[:start] == ids[:start]
         assert len(asked) == start or name in ("asks to think", "inst", "moves")
     asked = talk("old " * 9, "b", "old " * 9, "b", "new " * 60)
-    whole = len(encode_question(chat_of(tokenizer), asked, 4096))
+    whole = len(encode_question(chat_of(tokenizer), asked, None, 4096))
     for limit, exchanges in ((whole, 2), (whole - 1, 1), (55, 0)):
-        ids = encode_question(chat_of(tokenizer), asked, limit)
+        ids = encode_question(chat_of(tokenizer), asked, None, limit)
         assert len(ids) <= limit and tokenizer.decode(ids).count("old") == 9 * exchanges
         assert (tokenizer.decode(ids).count("new") == 60) == (exchanges > 0)
 
