@@ -213,6 +213,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @needs_fsdp2
 @pytest.mark.parametrize("bits", ["", pytest.param("--load-in-4bit", marks=needs_bitsandbytes)])
 def test_two_processes_go_on_as_one_does(bits, work, warm):

@@ -88,6 +88,7 @@ def test_cpu(found):
     assert {row["method"] for row in found["tutorials"][1:]} == {"rehearsal"}
 
 
+@pytest.mark.slow
 def test_tables_into_a_pipe(found, folder):
     done = run(COMMAND, cwd=folder)
     lines = [line.rstrip() for line in done.stdout.splitlines()]
@@ -104,6 +105,7 @@ def test_tables_into_a_pipe(found, folder):
         assert f"  {command}" in lines
 
 
+@pytest.mark.slow
 def test_without_rich(folder, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None\n")
     env = {"PYTHONPATH": str(tmp_path)}
@@ -148,6 +150,7 @@ def test_hub_and_token(token, status, reachable, said, found, monkeypatch, tmp_p
     assert f"Model hub  {hub.url} {answers}" in lines
 
 
+@pytest.mark.slow
 def test_the_token_is_never_shown(folder):
     with HubServer(tokens=["hf_secret"]) as hub:
         done = run(f"{COMMAND} --json", cwd=folder, env={"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_secret"})
@@ -219,6 +222,7 @@ def test_t4(gpu, capsys, monkeypatch):
     assert methods["Llama3 70B"] == "rehearsal"
 
 
+@pytest.mark.slow
 def test_two_gpus_whose_driver_does_not_tell_the_utilization(gpu, capsys, monkeypatch):
     def utilization(index):
         raise ModuleNotFoundError("pynvml module not found, please install nvidia-ml-py")
@@ -233,6 +237,7 @@ def test_two_gpus_whose_driver_does_not_tell_the_utilization(gpu, capsys, monkey
     assert re.search(r"^1: Tesla T4 \(1\) +1\.0 GB +85\.0 GB +- *$", capsys.readouterr().out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_moai_platform(folder, tmp_path, capsys):
     (tmp_path / "sitecustomize.py").write_text(MOAI)
     env = {"PYTHONPATH": str(tmp_path)}
@@ -340,6 +345,7 @@ def test_hours():
 # ------------------------------------------------------------------------------------------------ machines asked for
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_not_here(folder, warm):
     words = "--devices 8 --device-memory 80 --device-tflops 300"
     found = json.loads(warm(COMMAND, *words.split(), "--json", cwd=folder).stdout)

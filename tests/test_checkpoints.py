@@ -97,6 +97,7 @@ SOME = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, phase",
     [

@@ -74,7 +74,12 @@ def test_packages_are_there_and_the_platforms_torch_stays(name, folder, tmp_path
     assert all(line.startswith("Requirement already satisfied: ") for line in lines), lines
 
 
-@pytest.mark.parametrize("name", PAGES)
+SHORT = ("smollm2", "llama3-8b")  # the others go the same way
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in PAGES]
+)
 def test_page(name, folder, warm):
     """The commands of a page, one after the other, and each time what is there after it."""
     page = PAGES[name]

@@ -81,12 +81,12 @@ def models_of(text, stand_in):
     return repos, gated
 
 
-# they go the way of the others, with another model: some minutes together
-ALIKE = [f"tutorial/{name}.md" for name in ("gpt", "llama2", "llama3", "mistral", "qwen3")]
+# a minute or two each, and most go the way of smollm2.md with another model
+LONG = [f"tutorial/{name}.md" for name in ("gpt", "guide", "llama2", "llama3", "llama3_1", "mistral", "qwen3")]
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if page in ALIKE else page for page in PAGES]
+    "page", [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in PAGES]
 )
 def test_page(page, tmp_path, warm, warm_hub, stand_in):
     text = (ROOT / page).read_text(encoding="utf-8")
