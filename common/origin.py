@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
-from common.files import written_whole
+from common.files import weights_fingerprint, written_whole
 from common.model_directory import base_of
 
 RECORD = Path(".cache", "huggingface", "origin.json")  # where the hub's library keeps what it knows of a directory
@@ -16,15 +16,19 @@ RECORD = Path(".cache", "huggingface", "origin.json")  # where the hub's library
 
 def write_origin(model_dir: str, name: str, revision: str) -> None:
     """Write down that the model in `model_dir` is `name` of the hub, in this revision."""
+    record = {"name": name, "revision": revision, "weights": weights_fingerprint(model_dir)}
     with written_whole(Path(model_dir) / RECORD) as new:
-        new.write_text(json.dumps({"name": name, "revision": revision}), encoding="utf-8")
+        new.write_text(json.dumps(record), encoding="utf-8")
 
 
 def origin_of(model_dir: str) -> dict:
-    """{"name": its id on the hub, "revision"} of a model's directory; of a hub id itself its name; {}: not known."""
+    """{"name": its id on the hub, "revision"} of a model's directory; of a hub id itself its name; {}: not known, as of
+    weights that are others now, a stand-in's or a trained model's."""
     path = Path(model_dir)
-    with suppress(OSError, ValueError, TypeError):
-        return {key: str(value) for key, value in dict(json.loads((path / RECORD).read_bytes())).items()}
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        record = json.loads((path / RECORD).read_bytes())
+        if record.pop("weights", None) == weights_fingerprint(model_dir):
+            return {key: str(value) for key, value in record.items()}
     return {"name": model_dir} if is_hub_id(model_dir) and not path.exists() else {}
 
 

@@ -134,7 +134,7 @@ def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
 
     try:
         info = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        revision, card = info.sha, _known(info.card_data)
+        revision, card = info.sha, _known(getattr(info, "card_data", None))
     except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
         revision, card = None, {}
     try:
