@@ -131,8 +131,9 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     bits = defaults.pop("bits", 0)
     parser.set_defaults(**defaults)
     args = parser.parse_args()
-    adapter = base_of(args.model_name_or_path) != args.model_name_or_path
-    for name, value in (of_adapter(args) if adapter else {**DEFAULTS, "bits": bits}).items():
+    base = base_of(args.model_name_or_path)
+    of_lora = {**DEFAULTS, "bits": bits} if base == args.model_name_or_path else of_adapter(args)
+    for name, value in of_lora.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.gradient_checkpointing = SWITCH[args.gradient_checkpointing]
@@ -155,7 +156,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     args.max_train_steps = args.max_train_steps or (0 if args.epochs else steps)
     args.epochs = args.epochs or epochs
     require_place(Path(args.save_dir), "--save-dir")  # now, and not after hours of training
-    for model in (args.model_name_or_path, base_of(args.model_name_or_path)):
+    for model in (args.model_name_or_path, base):
         if Path(args.save_dir).resolve() == Path(model).resolve():
             raise UserError(f"--save-dir {args.save_dir} is the model directory, which would be lost. Give another.")
     less_memory.extend(["--use-lora"] * (not args.use_lora) + ["--load-in-4bit"] * (args.bits != 4))

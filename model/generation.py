@@ -83,9 +83,7 @@ def answer_rows(
     batch in `answers` as soon as it is done. `ends` as in answer_ids.
     """
     ends = list(ends) or [tokenizer.eos_token_id]
-    # prompts of like length together; the longest first, so that too little memory shows at once
-    order = sorted(prompts, key=lambda row: -len(prompts[row]))
-    batches = [order[start : start + args.batch_rows] for start in range(0, len(order), args.batch_rows)]
+    batches = _of_like_length(prompts, args.batch_rows)
     if answers.done:
         print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
     answers.begin(facts_of_run(vars(args), {}, accelerator.name))
@@ -96,6 +94,12 @@ def answer_rows(
             answers.add({row: text_and_end(tokenizer, ids, ends) for row, ids in zip(rows, found)})
     ended = sum(ended for _, ended in answers.done.values())
     print(f"Answers saved in {answers.path}: {len(answers.done)} rows, {ended} ended by themselves")
+
+
+def _of_like_length(prompts: Dict[int, List[int]], at_once: int) -> List[List[int]]:
+    """The rows, `at_once` together; the longest first, so that too little memory shows at once."""
+    order = sorted(prompts, key=lambda row: -len(prompts[row]))
+    return [order[start : start + at_once] for start in range(0, len(order), at_once)]
 
 
 def text_and_end(tokenizer, ids: List[int], ends: Sequence[int]) -> Tuple[str, bool]:
@@ -121,11 +125,9 @@ def perplexity_and_answers(
     if not accelerator.static_shapes:
         require_causal(model, model.name_or_path)
     with_loss = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
-    loss, answers, at_once = 0.0, {}, batches.batch_size
-    # prompts of like length together; the longest first, so that too little memory shows at once
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    with tqdm(total=len(order), desc=when, unit="row", dynamic_ncols=True) as bar:
-        for rows in (order[start : start + at_once] for start in range(0, len(order), at_once)):
+    loss, answers = 0.0, {}
+    with tqdm(total=len(prompts), desc=when, unit="row", dynamic_ncols=True) as bar:
+        for rows in _of_like_length(dict(enumerate(prompts)), batches.batch_size):
             loss += total_loss(with_loss, batches, rows, accelerator)
             if max_new_tokens:
                 some = [prompts[row] for row in rows]
@@ -134,4 +136,4 @@ def perplexity_and_answers(
     ends = list(ends) or [tokenizer.eos_token_id]
     answered = [text_and_end(tokenizer, answers[row], ends) for row in sorted(answers)]
     answered = [(text.strip(), ended) for text, ended in answered]
-    return math.exp(loss / int(batches.label_counts[order].sum())), answered
+    return math.exp(loss / int(batches.label_counts[: len(prompts)].sum())), answered

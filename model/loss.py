@@ -96,7 +96,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
             product = torch.mm(part, product_weight.t(), out=of_product[: len(part)])
-            logits = product if product.dtype == total.dtype else in_float32[: len(part)].copy_(product)
+            logits = product if dtype == torch.float32 else in_float32[: len(part)].copy_(product)
             if bias is not None:
                 logits += bias
             each = torch.arange(len(target), device=target.device)
