@@ -10,7 +10,7 @@ A page says by a marker what stands there, up to the next `<!-- /plan -->`:
     <!-- plan: llama2 full peak -->        one figure: a part of PARTS by a method of METHODS. `full 8`: on 8 GPUs
 
 On one GPU, 4096 tokens at once, in rows as long as the tutorial's block; SmolLM2 on a CPU, 1024 tokens at once.
-tests/test_pages.py compares. It takes a minute, and needs torch 2.1 or newer.
+tests/test_pages.py compares. It takes a minute, and needs torch 2.2 or newer.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def differences() -> List[str]:
 
 def main() -> None:
     if not can_count():
-        sys.exit(f"error: the plan needs torch 2.1 or newer, and {torch.__version__} is installed")
+        sys.exit(f"error: the plan needs torch 2.2 or newer, and {torch.__version__} is installed")
     different = differences()
     print("\n".join(different) or "The pages have the figures of the plan.")
     if sys.argv[1:] == ["--write"]:

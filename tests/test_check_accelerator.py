@@ -300,7 +300,7 @@ PLANS = {  # GB of a device
     ("CPU", 1000.0, 1): {"Mistral 7B": "rehearsal", "Llama 3.1 8B": "rehearsal"},
     ("CPU", 2.0, 1): {"SmolLM2 135M": "rehearsal"},
 }
-counted = pytest.mark.skipif(not can_count(), reason="torch before 2.1 plans by a rule of thumb")
+counted = pytest.mark.skipif(not can_count(), reason="torch before 2.2 plans by a rule of thumb")
 
 
 @counted

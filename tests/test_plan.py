@@ -21,7 +21,7 @@ from model.on_paper import _LiveBytes, enable_checkpointing, measure
 from model.plan import plan
 from tests.helpers import tells
 
-pytestmark = pytest.mark.skipif(not can_count(), reason="torch before 2.1 can't go through a model on paper")
+pytestmark = pytest.mark.skipif(not can_count(), reason="torch before 2.2 can't go through a model on paper")
 SMALL = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 512, "max_position_embeddings": 256,
