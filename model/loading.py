@@ -17,7 +17,7 @@ from common.checkpoint_files import checkpoints_in
 from common.dataset_cache import ends_of
 from common.files import require_room, weights_fingerprint, written_whole
 from common.memory import room_for
-from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights
+from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights, stored_tensors
 from common.state import FULL_MEMORY
 from model.adapters import add_lora, go_on_with, load_adapter, save_adapter
 from model.loss import CausalLMLoss
@@ -113,12 +113,14 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
             forget_quantization(model.dequantize() if stored.method == "bitsandbytes" else model)
         if bits:
             keep_trainable(model)
-            for weight in model.parameters():  # the few that are as in the files would keep all of the files mapped
-                if device.type == "cpu" and weight.is_floating_point():
-                    weight.data = weight.data.clone()
             tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
         move(model, device, dtype, stored)
+        names = {name for name, _ in model.named_parameters()}
+        if device.type == "cpu" and (bits or names - stored_tensors(base).keys()):
+            # quantized, or experts that transformers made one tensor of: the others would keep all of the files mapped
+            for weight in model.parameters():
+                weight.data = weight.data.clone() if weight.is_floating_point() else weight.data
         if stored.mixed and dtype != torch.float32:  # its parts are in two types, products need one
             model.forward = torch.autocast(device.type, dtype or stored.most)(model.forward)
         return model if base == model_dir else load_adapter(model, model_dir)

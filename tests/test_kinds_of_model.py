@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.tokenization import load_tokenizer
+from model.loading import load_model
 from tests import stored_forms as forms
 from tests.helpers import INFERENCE, PREPARE, SAMPLE, TRAIN, tells
 
@@ -151,3 +153,18 @@ def test_a_model_of_another_kind(kind, ready, warm):
     done = warm(INFERENCE, "--model-name-or-path", "./other", cwd=ready, ok=None)
     tells(done, "./other", "model")
     assert "download it again" not in done.stderr.lower()
+
+
+# --------------------------------------------------------------------------------- experts made one tensor of
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe"])
+def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
+    more = {"num_local_experts" if kind == "Mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip("not in this transformers")
+    directory = str((ready / model_of(kind, ready, dtype=torch.bfloat16, **more)).resolve())
+    model = load_model(directory, torch.device("cpu"), torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+    assert directory not in Path("/proc/self/maps").read_text(encoding="utf-8")
