@@ -48,7 +48,8 @@ class Counts(NamedTuple):
     stored: float  # bytes of its files
     activations: float  # bytes when the last layer is done
     logits: float  # bytes that the loss adds to that
-    peak: float  # bytes at most
+    first: float  # bytes at most until the backward pass of the last layer is done
+    rest: float  # bytes at most from there to the end; where that is more, the layers' number changes nothing of it
     layers: int = 1
     of_layer: float = 0.0  # numbers of one decoder layer
     traced: bool = True  # False: the bytes of a micro-batch are by a rule of thumb
@@ -73,7 +74,7 @@ def _counted(key: str, way: Way) -> Counts:
     one, two = _count(key, way, 1), _count(key, way, 2)
     added = [more - less for more, less in zip(two[:7], one[:7])]
     numbers = [less + (layers - 1) * more for less, more in zip(one[:7], added)]
-    return Counts(*numbers, layers=layers, of_layer=added[0], traced=one.traced and two.traced)
+    return Counts(*numbers, two.rest, layers=layers, of_layer=added[0], traced=one.traced and two.traced)
 
 
 def config_of(model_dir: str):
@@ -154,8 +155,7 @@ def _count(key: str, way: Way, layers: int) -> Counts:
     numbers, trained = sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
     stored = (numbers - trained * (not full)) * _bytes_stored(config)
     try:
-        traced = True
-        kept = list(measure(model, max(1, way.tokens // way.length), way.length, way.dtype, _chunk(way)))
+        kept, traced = measure(model, max(1, way.tokens // way.length), way.length, way.dtype, _chunk(way)), True
     except Exception:  # it asks for numbers, or for what fake tensors have not: errors of many types
         kept, traced = _rule_of_thumb(config, way, layers), False
     return Counts(numbers, linear, trained, stored, *kept, traced=traced)
@@ -212,9 +212,9 @@ def _bytes_stored(config) -> int:
 
 
 def _rule_of_thumb(config, way: Way, layers: int) -> List[float]:
-    """(activations, logits, peak). A layer of Llama keeps up to 60 bytes a token and unit of width; checkpointed 4, its
-    input, and 60 in the one that is computed again. The logits of a chunk exist three times in float32."""
+    """As Kept. A layer of Llama keeps 60 bytes a token and unit of width; checkpointed 4, its input, and 60 in the one
+    that is computed again. The logits of a chunk exist three times in float32."""
     of_layer = way.tokens * getattr(config, "text_config", config).hidden_size
     activations = of_layer * layers * (4 if way.checkpointing else 60)
     logits = 3 * 4 * _chunk(way)
-    return [activations, logits, activations + max(logits, 60 * of_layer if way.checkpointing else 0)]
+    return [activations, logits, activations + max(logits, 60 * of_layer if way.checkpointing else 0), 0]

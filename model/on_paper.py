@@ -25,7 +25,8 @@ class Kept(NamedTuple):
 
     activations: int  # when the last layer is done: for the backward pass, with the 16 bit copies of weights
     logits: int  # what the loss adds to that at most
-    peak: int  # of the forward and backward pass
+    first: int  # at most, until the backward pass of the last layer is done: it grows with the layers
+    rest: int  # at most, from there to the end: where it is more, because of the embeddings, it does not
 
 
 def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_elements: int) -> Kept:
@@ -48,6 +49,19 @@ def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_
         network = model.get_base_model() if hasattr(model, "get_base_model") else model
         with _LiveBytes():
             plain = _has_plain_head(network)
+        name = decoder_layers(network)
+        last = network.get_submodule(name)[-1] if name else None
+
+        def backward_is_done(_):
+            if not live.first:  # with checkpointing it is asked for again in the backward pass
+                live.first, live.peak = live.peak, live.now
+
+        def before_last(_, inputs):
+            if inputs and inputs[0].requires_grad:  # else what is below has no backward pass
+                inputs[0].register_hook(backward_is_done)
+
+        if last is not None:
+            last.register_forward_pre_hook(before_last)
         with live:
             ids = torch.zeros((rows, length), dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
@@ -66,7 +80,7 @@ def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_
                     del logits
             logits, live.calls = live.peak - activations, -(10**9)  # an error must not come in the midst of the engine
             loss.backward()
-    return Kept(activations, logits, live.peak)
+    return Kept(activations, logits, live.first or live.peak, live.peak)
 
 
 def decoder_layers(model: nn.Module) -> str:
@@ -91,7 +105,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.first = 0
         self.sizes: Dict[int, int] = {}
         self.calls = 0
 

@@ -82,10 +82,11 @@ def plan(config, way: Way) -> Plan:
     frozen -= counts.linear * (product - QUANTIZED[way.method]) if bits else 0.0
     trained = counts.trained / (share if full else 1)
     states = 2 if bits else 8  # AdamW has two a number, on a quantized base in 8 bit
-    workspace = counts.peak - counts.activations - counts.logits + BETWEEN[way.device] * counts.peak
+    peak = max(counts.first, counts.rest)
+    workspace = peak - counts.activations - counts.logits + BETWEEN[way.device] * peak
     unpacked, of_number = UNPACKED[way.device]
     heap = HEAP[way.device] + (unpacked + of_number * counts.linear) * (bits > 0)
-    workspace += min(heap, frozen + (8 + states) * trained + counts.peak)
+    workspace += min(heap, frozen + (8 + states) * trained + peak)
     if share > 1:  # whole are the layer at work, the next one, embeddings and output layer; gradients of one layer
         whole = counts.numbers - (counts.layers - 2) * counts.of_layer
         workspace += whole * product + 4 * counts.of_layer * full
