@@ -45,8 +45,8 @@ smollm2-135m/model.safetensors:
 	$(MAKE) --no-print-directory .venv/demo
 	$(PY) tutorial/download_smollm2.py
 
-# llama.cpp's answers beside ours, to three results. Builds llama-cpp-python in .venv-export, whose source distribution has
-# llama.cpp's converter, and trains in ./smollm2_export: half an hour on two cores, 8 GB of disk
+# llama.cpp's answers beside ours, of three results. Builds llama-cpp-python in .venv-export, whose source distribution has
+# llama.cpp's converter, and trains in ./smollm2_export: 25 minutes on one core, 6 GB of disk
 LLAMA_CPP_PYTHON = 0.3.36
 export-check: .venv-export/made smollm2_demo/model.safetensors
 	.venv-export/bin/python -m tests.export_check .venv-export/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp

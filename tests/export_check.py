@@ -11,7 +11,7 @@ them (`rm -r smollm2_export` begins anew):
 
 llama.cpp's own converter writes each as f32 and as q8_0. llama-cpp-python asks it ten questions as chat clients do, by
 the template in the file, the likeliest token each time; inference_* answers the same ones from a --prompt-file. In f32
-both must say the same by the letter and end alike; llama.cpp's memory of the conversation, 16 bit by itself, is then f32
+both must say the same by the letter and end alike; what llama.cpp remembers of the text, 16 bit by itself, is then f32
 too, and inference_* is kept from bfloat16 as in tests/benchmarks/trainers.py, since it has no option for that. In q8_0
 the first difference is named; an answer that says the same must end there as well.
 """
@@ -30,6 +30,9 @@ PLACE = Path("smollm2_export")
 QUESTIONS = 10
 NEW_TOKENS = 160
 AROUND = 24  # characters of a text that are shown on either side of a difference
+HALF = (
+    "\ufffd"  # what transformers writes for half a letter, where an answer is cut; llama-cpp-python goes on to its end
+)
 
 ON_SAMPLES = "--no-quantization --eval-rows 0 --lr 1e-3 --log-interval 8 --max-train-steps 24"
 
@@ -106,12 +109,11 @@ def our_answers(name: str, result: Result, model: Path, questions: List[List[dic
     words = ("--model-name-or-path", model, "--prompt-file", asked, "--save-path", said)
     run(f"tutorial/inference_{result.tutorial}.py", *words, "--max-new-tokens", NEW_TOKENS, setup=IN_FLOAT32)
     answers = [json.loads(line) for line in (ROOT / said).read_text(encoding="utf-8").splitlines()]
-    # half a letter, which a cut leaves: llama-cpp-python drops it, transformers writes this in its place
-    return [Answer(one["answer"].replace("\ufffd", ""), one["ended"]) for one in answers]
+    return [Answer(one["answer"], one["ended"]) for one in answers]
 
 
-def their_answers(path: Path, exact: bool, questions: List[List[dict]]) -> List[Answer]:
-    """llama.cpp's; `exact`: what it remembers of the conversation is float32, as its weights."""
+def their_answers(path: Path, exact: bool, questions: List[List[dict]]) -> Tuple[List[Answer], int]:
+    """llama.cpp's, and the end token of its file; `exact`: what it remembers of the text is float32, as its weights."""
     import llama_cpp
 
     memory = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if exact else {}
@@ -121,12 +123,17 @@ def their_answers(path: Path, exact: bool, questions: List[List[dict]]) -> List[
         model.reset()
         said = model.create_chat_completion(messages, temperature=0.0, max_tokens=NEW_TOKENS)["choices"][0]
         answers.append(Answer(said["message"]["content"], said["finish_reason"] == "stop"))
+    end = model.token_eos()
     model.close()
-    return answers
+    return answers, end
 
 
 def first_difference(ours: str, theirs: str) -> Optional[int]:
-    """The character where two texts part; None: they are the same."""
+    """The character where two texts part; None: they are the same, but for the letter in which ours is cut."""
+    if ours.endswith(HALF):
+        ours = ours.rstrip(HALF)
+        theirs = theirs[: len(ours)] + theirs[len(ours) + 1 :]
+    ours = ours.replace(HALF, "")
     if ours == theirs:
         return None
     return next((at for at, (one, other) in enumerate(zip(ours, theirs)) if one != other), min(len(ours), len(theirs)))
@@ -165,12 +172,16 @@ def main():
     for name, result in RESULTS.items():
         model, questions = trained(name, result), questions_of(result)
         ours = our_answers(name, result, model, questions)
+        settings = json.loads((ROOT / model / "generation_config.json").read_text(encoding="utf-8"))
         for form in ("f32", "q8_0"):
             path = PLACE / f"{name}.{form}.gguf"
             run(converter, model, "--outfile", path, "--outtype", form)
             started = time.perf_counter()
-            theirs = their_answers(path, form == "f32", questions)
+            theirs, end = their_answers(path, form == "f32", questions)
             lines, mistakes = compared(ours, theirs, form == "f32")
+            # llama.cpp knows the end tokens of many models by their names: the answers alone do not tell
+            if end != settings["eos_token_id"]:
+                mistakes.append(f"the end token of the file is {end}, and the model's is {settings['eos_token_id']}")
             size = (ROOT / path).stat().st_size / 1e6
             told[f"{name}, {form}"] = lines
             print(f"{name}, {form}, {size:.0f} MB, {time.perf_counter() - started:.0f} s: {lines}", flush=True)

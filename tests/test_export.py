@@ -1,4 +1,4 @@
-"""What a result says in llama.cpp and in Ollama: how `make export-check` compares answers, and the guide's Modelfiles."""
+"""Results in llama.cpp and Ollama: how `make export-check` compares answers, and the form in the guide's Modelfiles."""
 
 from __future__ import annotations
 
@@ -51,6 +51,15 @@ def test_another_answer_is_wrong_in_f32_and_named_in_q8_0(theirs, line):
 def test_only_what_is_near_a_difference_is_shown():
     told, [line] = compared([Answer("a" * 500 + "b", True)], [Answer("a" * 500 + "c", True)], True)
     assert line == f"question 1, character 500: '{'a' * 24}b' here, '{'a' * 24}c' there"
+
+
+def test_the_letter_in_which_an_answer_is_cut():
+    """llama-cpp-python's answer has it whole, and nothing of one that is broken before."""
+    cut = [Answer("짧고, 짧\ufffd\ufffd", False)]
+    for text, count in (("짧고, 짧고", 1), ("짧고, 짧", 1), ("짧고, 길고", 0), ("짧고, 짧고,", 0), ("짧고,", 0)):
+        told, wrong = compared(cut, [Answer(text, False)], True)
+        assert told.startswith(f"{count} of 1 ") and len(wrong) == 1 - count
+    assert compared([Answer("가\ufffd나", True)], [Answer("가나", True)], True)[1] == []
 
 
 def test_an_answer_must_end_where_ours_ends():
