@@ -18,6 +18,7 @@ the first difference is named; an answer that says the same must end there as we
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -165,7 +166,9 @@ def compared(ours: List[Answer], theirs: List[Answer], exact: bool) -> Tuple[str
 
 
 def main():
-    converter = Path(sys.argv[1]) / "convert_hf_to_gguf.py"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("llama_cpp", type=Path, help="directory of llama.cpp's sources, which have its converter")
+    converter = parser.parse_args().llama_cpp / "convert_hf_to_gguf.py"
     (ROOT / PLACE).mkdir(exist_ok=True)
     wrong: List[str] = []
     told: Dict[str, str] = {}
