@@ -11,7 +11,7 @@ from typing import Dict, NamedTuple
 import torch
 
 from common import missing_package, processes
-from common.memory import forget_peak, memory_used, reuse_memory, room_for, total_memory
+from common.memory import forget_peak, memory_used, room_for, total_memory
 
 
 class Accelerator(NamedTuple):
@@ -80,8 +80,6 @@ class Accelerator(NamedTuple):
     def room_for_training(self, model: torch.nn.Module):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
         forget_peak(self.device)
-        if all(weight.is_floating_point() for weight in model.parameters()):
-            reuse_memory(self.device)  # between the pieces that a quantized base is unpacked to, memory would be lost
         # a trained weight has a gradient like itself and AdamW's two states, float32; of several processes each a slice
         own = [(w.to_local() if hasattr(w, "to_local") else w, w.requires_grad) for w in model.parameters()]
         fixed = sum(w.numel() * (2 * w.element_size() + 8 if trained else w.element_size()) for w, trained in own)

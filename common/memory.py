@@ -43,17 +43,6 @@ def forget_peak(device: torch.device) -> None:
         marks.write("5")  # https://docs.kernel.org/filesystems/proc.html
 
 
-def reuse_memory(device: torch.device) -> None:
-    """From here on what a micro-batch frees is there for the next one. glibc gives each piece above 32 MB back to the
-    system, which clears it page by page when the next one asks: a tenth of a training's time on a CPU.
-    """
-    if device.type == "cpu" and sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # a C library of another kind has no mallopt
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no piece is asked of the system on its own
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD (https://man7.org/linux/man-pages/man3/mallopt.3.html)
-
-
 @contextlib.contextmanager
 def room_for(what: str, needed: int, device: torch.device):
     """Inside, a full memory ends in one line: that `what` takes `needed` bytes, what there is, which options help."""

@@ -5,14 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-import torch
 
-from common.accelerator import Accelerator
-from tests.conftest import ROOT
 from tests.helpers import INFERENCE, TRAIN, contents, error_of
 
 # A script on a machine whose memory gives out at one call; in torch's own words.
@@ -103,39 +98,3 @@ def test_in_an_evaluation(full, ready):
     shutil.copytree(ready / "llama3-8b", ready / "base")
     _, named = full("answering", f"{EVALUATE} --base-model-name-or-path ./base")
     assert named == {"--load-in-4bit", "--batch-rows", "--max-new-tokens"}
-
-
-# ------------------------------------------------------------------------------------------------ memory that is kept
-
-IN_HEAP = """
-import re, torch
-from common.memory import reuse_memory
-
-def in_heap():
-    piece = torch.empty(2**24)  # 64 MB
-    begin, end = re.search(r"(?m)^(\\w+)-(\\w+) .*\\[heap\\]$", open("/proc/self/maps").read()).groups()
-    return int(begin, 16) <= piece.data_ptr() < int(end, 16)
-
-before = in_heap()
-reuse_memory(torch.device("cpu"))
-print(before, in_heap())
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_large_pieces_are_kept_for_the_next_micro_batch():
-    """They are of the heap, which nothing is given back of, and not each one asked of the system."""
-    done = subprocess.run([sys.executable, "-c", IN_HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
-
-
-@pytest.mark.parametrize("quantized", [False, True])
-def test_memory_is_kept_where_no_base_is_quantized(quantized, monkeypatch):
-    kept = []
-    monkeypatch.setattr("common.accelerator.reuse_memory", kept.append)
-    model = torch.nn.Linear(2, 2)
-    if quantized:
-        model.packed = torch.nn.Parameter(torch.zeros(2, dtype=torch.uint8), requires_grad=False)
-    accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, False)
-    with accelerator.room_for_training(model):
-        assert len(kept) == (not quantized)
