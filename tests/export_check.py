@@ -31,10 +31,8 @@ PLACE = Path("smollm2_export")
 QUESTIONS = 10
 NEW_TOKENS = 160
 AROUND = 24  # characters of a text that are shown on either side of a difference
-HALF = (
-    "\ufffd"  # what transformers writes for half a letter, where an answer is cut; llama-cpp-python goes on to its end
-)
-
+# what transformers writes for half a letter, where an answer is cut; llama-cpp-python goes on to the letter's end
+HALF = "\ufffd"
 ON_SAMPLES = "--no-quantization --eval-rows 0 --lr 1e-3 --log-interval 8 --max-train-steps 24"
 
 
