@@ -116,8 +116,7 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
             tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
         move(model, device, dtype, stored)
-        names = {name for name, _ in model.named_parameters()}
-        if device.type == "cpu" and (bits or names - stored_tensors(base).keys()):
+        if device.type == "cpu" and (bits or dict(model.named_parameters()).keys() - stored_tensors(base).keys()):
             # quantized, or experts that transformers made one tensor of: the others would keep all of the files mapped
             for weight in model.parameters():
                 weight.data = weight.data.clone() if weight.is_floating_point() else weight.data

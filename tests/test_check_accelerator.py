@@ -209,6 +209,7 @@ def gpu(monkeypatch):
     return look
 
 
+@pytest.mark.slow
 def test_t4(gpu, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "utilization", lambda index: 37)
     found = gpu(capsys)

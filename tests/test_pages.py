@@ -81,12 +81,11 @@ def models_of(text, stand_in):
     return repos, gated
 
 
-# a minute or two each, and most go the way of smollm2.md with another model
-LONG = [f"tutorial/{name}.md" for name in ("gpt", "guide", "llama2", "llama3", "llama3_1", "mistral", "qwen3")]
+SHORT = ("README.md", "tutorial/your_own_data.md")  # the others take a minute or two each
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in PAGES]
+    "page", [page if page in SHORT else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
 )
 def test_page(page, tmp_path, warm, warm_hub, stand_in):
     text = (ROOT / page).read_text(encoding="utf-8")
