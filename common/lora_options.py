@@ -28,10 +28,11 @@ def of_adapter(args) -> dict:
             f"{directory} is an adapter. --use-lora trains it further; to train all weights, make one model of it and "
             f"its base first: python tutorial/merge_adapter.py --model-name-or-path {directory}"
         )
-    values = _values(directory)
+    config = json.loads((Path(directory) / "adapter_config.json").read_text("utf-8"))  # base_of has found it whole
+    values = _values(directory, config)
     for name in FIXED:
         given, value = getattr(args, name), values[name]
-        if given is not None and not _same(given, value, directory):
+        if given is not None and not _same(given, value, config):
             told = [" ".join(map(str, some)) if isinstance(some, list) else some for some in (given, value)]
             raise UserError(
                 f"--{name.replace('_', '-')} {told[0]}: the adapter {directory}, which is trained further, has "
@@ -40,8 +41,7 @@ def of_adapter(args) -> dict:
     return values
 
 
-def _values(directory: str) -> dict:
-    config = _config(directory)
+def _values(directory: str, config: dict) -> dict:
     if config.get("peft_type") != "LORA":
         raise UserError(f"The adapter {directory} is of the kind {config.get('peft_type')}: only LoRA is trained here.")
     trained = run_of(directory).get("options", {})
@@ -49,7 +49,7 @@ def _values(directory: str) -> dict:
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "lora_dropout": config.get("lora_dropout", 0.0),
-        "lora_target_modules": trained.get("lora_target_modules") or _names(directory),
+        "lora_target_modules": trained.get("lora_target_modules") or _names(config),
         "bits": int(adapter_facts(directory).get("base_bits", 0)),
     }
     if not all(isinstance(values[name], (int, float)) for name in ("lora_r", "lora_alpha", "lora_dropout")):
@@ -57,18 +57,14 @@ def _values(directory: str) -> dict:
     return values
 
 
-def _same(given, value, directory: str) -> bool:
+def _same(given, value, config: dict) -> bool:
     if not isinstance(given, list):
         return given == value
-    return sorted(given) in (sorted(value), _names(directory))
+    return sorted(given) in (sorted(value), _names(config))
 
 
-def _names(directory: str) -> list:
+def _names(config: dict) -> list:
     """Of the layers that have matrices. By an expression, or with experts, all-linear has made them."""
-    names = _config(directory).get("target_modules")
-    named = isinstance(names, list) and not _config(directory).get("target_parameters")
+    names = config.get("target_modules")
+    named = isinstance(names, list) and not config.get("target_parameters")
     return sorted(names) if named else DEFAULTS["lora_target_modules"]
-
-
-def _config(directory: str) -> dict:
-    return json.loads((Path(directory) / "adapter_config.json").read_text("utf-8"))  # base_of has found it whole

@@ -115,11 +115,9 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
             keep_trainable(model)
             tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
-        move(model, device, dtype, stored)
-        if device.type == "cpu" and (bits or dict(model.named_parameters()).keys() - stored_tensors(base).keys()):
-            # quantized, or experts that transformers made one tensor of: the others would keep all of the files mapped
-            for weight in model.parameters():
-                weight.data = weight.data.clone() if weight.is_floating_point() else weight.data
+        # quantized, or experts that transformers made one tensor of: the others would keep all of the files mapped
+        made = bits or dict(model.named_parameters()).keys() - stored_tensors(base).keys()
+        move(model, device, dtype, stored, copy=device.type == "cpu" and bool(made))
         if stored.mixed and dtype != torch.float32:  # its parts are in two types, products need one
             model.forward = torch.autocast(device.type, dtype or stored.most)(model.forward)
         return model if base == model_dir else load_adapter(model, model_dir)

@@ -49,19 +49,19 @@ def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_
         network = model.get_base_model() if hasattr(model, "get_base_model") else model
         with _LiveBytes():
             plain = _has_plain_head(network)
-        name = decoder_layers(network)
-        last = network.get_submodule(name)[-1] if name else None
+        name, first = decoder_layers(network), []
 
         def backward_is_done(_):
-            if not live.first:  # with checkpointing it is asked for again in the backward pass
-                live.first, live.peak = live.peak, live.now
+            if not first:  # with checkpointing it is asked for again in the backward pass
+                first.append(live.peak)
+                live.peak = live.now
 
         def before_last(_, inputs):
             if inputs and inputs[0].requires_grad:  # else what is below has no backward pass
                 inputs[0].register_hook(backward_is_done)
 
-        if last is not None:
-            last.register_forward_pre_hook(before_last)
+        if name:
+            network.get_submodule(name)[-1].register_forward_pre_hook(before_last)
         with live:
             ids = torch.zeros((rows, length), dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
@@ -80,7 +80,7 @@ def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_
                     del logits
             logits, live.calls = live.peak - activations, -(10**9)  # an error must not come in the midst of the engine
             loss.backward()
-    return Kept(activations, logits, live.first or live.peak, live.peak)
+    return Kept(activations, logits, first[0] if first else live.peak, live.peak)
 
 
 def decoder_layers(model: nn.Module) -> str:
@@ -105,7 +105,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = self.first = 0
+        self.now = self.peak = 0
         self.sizes: Dict[int, int] = {}
         self.calls = 0
 

@@ -72,11 +72,11 @@ def forget_quantization(model: nn.Module) -> None:
     model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 
 
-def move(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype], stored: Stored) -> None:
+def move(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype], stored: Stored, copy: bool) -> None:
     """Put a loaded model on `device`, its weights in `dtype` (None: as they are stored), one by one: neither device nor
     main memory has to hold them all in the larger of the two types. Of a mixed model, loaded in float32, those that 16
     bit can't hold stay in float32: they were stored so. Not model.to(dtype): the frequencies of RoPE, a buffer that is
-    computed, stay in float32 too.
+    computed, stay in float32 too. `copy`: also those that are right already.
     """
     in_files = model.state_dict().keys() if stored.mixed else ()
     buffers = [buffer for name, buffer in model.named_buffers() if name in in_files]
@@ -85,7 +85,7 @@ def move(model: nn.Module, device: torch.device, dtype: Optional[torch.dtype], s
             continue
         own = stored.most if stored.mixed else weight.dtype
         stays = stored.mixed and not torch.equal(weight.to(own).float(), weight)
-        weight.data = weight.data.to(device, torch.float32 if stays else dtype or own)
+        weight.data = weight.data.to(device, torch.float32 if stays else dtype or own, copy=copy)
     model.to(device)
 
 
