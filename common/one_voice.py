@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Callable
 
-from common import STOPPING
+from common import STOPPING, _flush
 from common.processes import count, is_first, lost_another, number
 from common.stopping import heard
 
@@ -68,8 +68,11 @@ def _leave(stop: int, _) -> None:
 
 
 def _end() -> None:
-    """Leave the group, where all have come to the end together."""
+    """Leave the group, where all have come to the end together, and then at once: in the end of Python a thread of the
+    group may still be there, and makes it end by SIGABRT, one training in some hundred."""
     distributed = sys.modules.get("torch.distributed")
     failed = hasattr(sys, "last_value") or distributed is None
     if not failed and distributed.is_initialized():
         distributed.destroy_process_group()
+        _flush()
+        os._exit(128 + heard[-1] if heard else 0)

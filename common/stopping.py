@@ -54,6 +54,7 @@ class StopRequest:
         """Stopped where it has come: of several processes in all at once, where one of them has heard it."""
         self.number = int(processes.largest([self.number])[0])
         if self.number:
+            heard.append(self.number)
             raise Stopped
 
 

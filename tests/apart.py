@@ -4,13 +4,16 @@
     torchrun --nproc-per-node 2 tests/apart.py 1 "word ./llama3-8b ./other" tutorial/train_llama3.py ...
     torchrun --nproc-per-node 2 tests/apart.py 1 "memory 3" tutorial/train_llama3.py ...
     torchrun --nproc-per-node 2 tests/apart.py 1 "nan 3" tutorial/train_llama3.py ...
+    torchrun --nproc-per-node 2 tests/apart.py 1 "abort" tutorial/train_llama3.py ...
 
 Process 2 is killed at a place as in tests/killed.py; process 1 is given another word in the place of one; its memory
-gives out in the third step, in torch's own words; or its loss is no number then. Products are in float32.
+gives out in the third step, in torch's own words; its loss is no number then; or it aborts in the end of C, where a
+thread that is left over does it. Products are in float32.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import sys
@@ -62,6 +65,9 @@ if __name__ == "__main__":
             sys.argv = [others[1] if word == others[0] else word for word in sys.argv]
         elif first in ("memory", "nan"):
             in_step(int(others[0]), full_memory if first == "memory" else no_number)
+        elif first == "abort":
+            libc = ctypes.CDLL(None)
+            libc["__cxa_atexit"](libc.abort, None, None)
         elif first.isdigit():
             wrap("common.training:Training.step", next_step, nothing)
             kill_at(others[0], Counter(int(first), others[1]))

@@ -392,6 +392,14 @@ def goes_on_as_one(processes, step, work, one, words=TRAIN):
 
 
 @needs_fsdp2
+def test_what_is_left_over_of_the_group_does_not_change_the_status(work):
+    """Nothing of C's own end is run: in it a thread that is still there makes a process abort."""
+    words = [*TRAIN.split(), "--max-train-steps", "1", "--eval-rows", "0"]
+    done = torchrun(2, APART, "all", "abort", *words, cwd=work)
+    assert done.returncode == 0 and "Model saved in" in done.stdout, done.stderr
+
+
+@needs_fsdp2
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["-torch:Tensor.backward 10.1", "-torch.distributed.checkpoint.filesystem:_write_item 12.2"]
