@@ -24,8 +24,13 @@ class Accelerator(NamedTuple):
 
     @property
     def micro_batch_tokens(self) -> int:
-        """A CPU is as fast on small micro-batches, which have less padding; a GPU wants large ones to be busy."""
+        """A CPU is as fast on small micro-batches; a GPU wants large ones to be busy."""
         return 1024 if self.device.type == "cpu" else 4096
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows go without padding, where the model takes them so: measured on a CPU alone."""
+        return self.device.type == "cpu" and not self.static_shapes
 
     @property
     def platform(self) -> str:

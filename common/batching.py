@@ -1,8 +1,8 @@
-"""From the rows of a dataset file to batches: shuffled for each epoch, each split into micro-batches of like length."""
+"""From the rows of a dataset file to batches: shuffled for each epoch, each split into micro-batches."""
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
@@ -12,11 +12,12 @@ IGNORED = -100  # the label of a position that carries no loss, as torch and tra
 
 
 class MicroBatch(NamedTuple):
-    """Some rows of a batch, right-padded to the longest of them.
+    """Some rows of a batch, right-padded to the longest of them, or packed: one after the other, as a single row.
 
     input_ids and labels are int64 [rows, length]; labels are the ids where there is a loss and IGNORED elsewhere (the
     shift by one position is the loss's affair). attention_mask is int64 [rows, length], or None: with causal attention
-    a token never sees the padding to its right, and without a mask the fast attention kernels can be taken.
+    a token never sees the padding to its right, and without a mask the fast attention kernels can be taken. Of packed
+    rows it is the tokens of each, int64 [1, 1, 1, rows] (model/packing.py).
     """
 
     input_ids: torch.Tensor
@@ -28,13 +29,21 @@ class Batches:
     """The batches of a split (`dataset["train"]` of a dataset file), as the device wants them.
 
     `lengths` and `label_counts`, int32 [rows]: the tokens of each row, and those that carry a loss. static_length: the
-    length of all rows on a platform that compiles a graph for each shape, else 0. Of several processes each takes its
-    share of a batch.
+    length of all rows on a platform that compiles a graph for each shape, else 0. packed: for a model that takes packed
+    rows. Of several processes each takes its share of a batch.
     """
 
-    def __init__(self, split: dict, batch_size: int, micro_batch_tokens: int, static_length=0, train_on_prompt=False):
+    def __init__(
+        self,
+        split: dict,
+        batch_size: int,
+        micro_batch_tokens: int,
+        static_length=0,
+        train_on_prompt=False,
+        packed=False,
+    ):
         self.split, self.micro_batch_tokens, self.static_length = split, micro_batch_tokens, static_length
-        self.train_on_prompt = train_on_prompt
+        self.train_on_prompt, self.packed = train_on_prompt, packed
         self.lengths = split["lengths"]
         # a row's first token is never predicted
         self.label_counts = self.lengths - 1 if train_on_prompt else split["label_counts"]
@@ -54,13 +63,15 @@ class Batches:
         """The micro-batches of this process's share of the rows: of at most `micro_batch_tokens` tokens, padding
         included. Every process has the same number of them, for a model that is shared out runs in all at once.
 
-        Rows of like length go together, so that little is padding. A row longer than that is a micro-batch of its own.
+        A row longer than that is a micro-batch of its own.
         """
         if self.static_length:
             return [self._static(rows)]
         of_all = [self._groups(share) for share in self.shares(rows)]
         groups = of_all[processes.number()]
-        found = [self._padded(group, int(self.lengths[group[0]])) for group in groups]
+        found = [
+            self._packed(group) if self.packed else self._padded(group, int(self.lengths[group[0]])) for group in groups
+        ]
         return found + [self._padded([], 2, height=1)] * (max(map(len, of_all)) - len(groups))
 
     def shares(self, rows: List[int]) -> List[List[int]]:
@@ -74,20 +85,22 @@ class Batches:
         groups = [] if self.static_length else self._groups(share)
         if self.static_length or len(groups) == len(share):
             return False
-        self.micro_batch_tokens = max(len(group) * int(self.lengths[group[0]]) for group in groups) // 2
+        self.micro_batch_tokens = max(micro_batch.input_ids.numel() for micro_batch in self.of(rows)) // 2
         return True
 
     def _groups(self, rows: List[int]) -> List[List[int]]:
-        """The row numbers of each micro-batch, the longest row first."""
-        lengths = self.lengths[rows].tolist()
+        """The row numbers of each micro-batch, its longest row first."""
+        lengths = dict(zip(rows, self.lengths[rows].tolist()))
         groups: List[List[int]] = []
-        longest = 0
-        for length, row in sorted(zip(lengths, rows), key=lambda pair: (-pair[0], pair[1])):
-            if groups and (len(groups[-1]) + 1) * longest <= self.micro_batch_tokens:
-                groups[-1].append(row)
+        for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+            # packed, a row goes to the first micro-batch with room; padded, to rows of like length, for little padding
+            for group in groups if self.packed else groups[-1:]:
+                alone = sum(lengths[other] for other in group) + lengths[row]
+                if (alone if self.packed else (len(group) + 1) * lengths[group[0]]) <= self.micro_batch_tokens:
+                    group.append(row)
+                    break
             else:
                 groups.append([row])
-                longest = length
         return groups
 
     def _static(self, rows: List[int]) -> MicroBatch:
@@ -104,12 +117,22 @@ class Batches:
         input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
         labels = torch.full_like(input_ids, IGNORED)
         for place, row in enumerate(rows):
-            begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
-            ids = self.split["input_ids"][begin:end].long()
-            input_ids[place, : len(ids)] = ids
-            with_loss = self.train_on_prompt or self.split["loss_mask"][begin:end]
-            labels[place, : len(ids)] = torch.where(torch.as_tensor(with_loss), ids, IGNORED)
+            ids, row_labels = self._row(row)
+            input_ids[place, : len(ids)], labels[place, : len(ids)] = ids, row_labels
         return MicroBatch(input_ids, labels, None)
+
+    def _packed(self, rows: List[int]) -> MicroBatch:
+        ids, labels = zip(*map(self._row, rows))
+        for of_row in labels:
+            of_row[0] = IGNORED  # before it stands another row's last token, which does not predict it
+        return MicroBatch(torch.cat(ids)[None], torch.cat(labels)[None], self.lengths[rows].long()[None, None, None])
+
+    def _row(self, row: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Its ids and labels, int64 [tokens]."""
+        begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
+        ids = self.split["input_ids"][begin:end].long()
+        with_loss = torch.as_tensor(self.train_on_prompt or self.split["loss_mask"][begin:end])
+        return ids, torch.where(with_loss, ids, IGNORED)
 
 
 def _balanced(lengths: List[int], rows: List[int], parts: int) -> List[List[int]]:

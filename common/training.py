@@ -69,7 +69,8 @@ class Training:
     def __init__(self, model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints):
         self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
         self.args, self.accelerator = args, accelerator
-        shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt
+        packed = accelerator.packs and model.let_pack(args.block_size)
+        shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt, packed
         self.batches = Batches(dataset["train"], args.batch_size, *shape)
         self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)
         self.held_out_rows = list(range(min(args.eval_rows, len(self.held_out.lengths))))

@@ -10,6 +10,7 @@ from torch import nn
 
 from common import UserError
 from common.batching import IGNORED
+from model.packing import is_packed, let_pack, positions
 
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
 CHUNK_ELEMENTS = {"cpu": 2**24}
@@ -45,19 +46,26 @@ class CausalLMLoss(nn.Module):
         network = self.network
         if self.own_head is None:
             self.own_head = not has_plain_head(network)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if is_packed(attention_mask):
+            batch["position_ids"] = positions(attention_mask)
         targets = labels[:, 1:]  # the hidden state of a position predicts the next token
         if self.own_head:
-            logits = network(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+            logits = network(**batch).logits[:, :-1]
             return F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
-        hidden = network.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        hidden = network.base_model(**batch)[0]
         chosen = targets != IGNORED
         head = network.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         return ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen], chunk_of(hidden.device))
+
+    def let_pack(self, longest: int) -> bool:
+        """Whether it takes packed rows of at most `longest` tokens from here on."""
+        return let_pack(self.network, longest)
 
     def require_causal(self, model_dir: str) -> None:
         """UserError where a position of the model sees later tokens."""
@@ -100,10 +108,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             each = torch.arange(len(target), device=target.device)
-            (largest, where), of_target = logits.max(dim=1), logits[each, target]
+            largest, of_target = logits.amax(dim=1), logits[each, target]
             shares = torch.softmax(logits, dim=1, out=logits)
             # the sum of all exp(logit) is exp(largest) / its share, which is never too small for its logarithm
-            total += (largest - shares[each, where].log() - of_target).sum()
+            total += (largest - shares.amax(dim=1).log() - of_target).sum()
             if not (need_hidden or need_weight or need_bias):
                 continue
             # d loss / d logits = softmax - one-hot; it takes the place of the logits

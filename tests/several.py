@@ -48,6 +48,11 @@ def padded(self, rows, *size, real=Batches._padded, **more):
     return real(self, rows, *size, **more)
 
 
+def packed(self, rows, real=Batches._packed):
+    rows_of_now.extend(rows)
+    return real(self, rows)
+
+
 def gradients(self, *args, real=Training.gradients):
     if self.state.step + 1 == case.get("cut"):
         raise UserError("cut")
@@ -76,7 +81,7 @@ def save(module, *args, real=model.loading.save_model, **options):
     real(module, *args, **options)
 
 
-Batches.of, Batches._padded, Training.gradients = of, padded, gradients
+Batches.of, Batches._padded, Batches._packed, Training.gradients = of, padded, packed, gradients
 model.loading.load_to_train, model.loading.save_model = load, save
 if __name__ == "__main__":
     speak_once()

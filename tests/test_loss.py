@@ -15,6 +15,7 @@ from common.training import train
 from model import loss as loss_file
 from model.adapters import add_lora
 from model.loss import CausalLMLoss, has_plain_head
+from model.packing import is_packed
 from model.tiny import write_tiny
 from tests.helpers import answer_start, split_of
 
@@ -73,8 +74,8 @@ def a_split(seed=0, rows=12, vocabulary=300):
     return split_of(ids, offsets, starts)
 
 
-def micro_batches(split, rows, tokens, train_on_prompt=False):
-    return Batches(split, len(rows), tokens, train_on_prompt=train_on_prompt).of(rows)
+def micro_batches(split, rows, tokens, train_on_prompt=False, packed=False):
+    return Batches(split, len(rows), tokens, train_on_prompt=train_on_prompt, packed=packed).of(rows)
 
 
 def padded(split, rows, length, train_on_prompt=False):
@@ -116,10 +117,15 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
         name for name in gradients if kind not in LORA or "lora_" in name
     }
     labels = label_tokens(split, train_on_prompt)
-    for micro_batch_tokens in (1, 64, 200, 10_000):
+    cases = [(tokens, False) for tokens in (1, 64, 200, 10_000)]
+    if hasattr(transformers, "AttentionMaskInterface"):
+        packs = module.let_pack(60)
+        assert packs == ("gemma2" not in kind)  # whose attention caps as well
+        cases += [(tokens, True) for tokens in (1, 64, 200, 10_000) if packs]
+    for micro_batch_tokens, packed in cases:
         model.zero_grad()
         total = 0
-        for micro_batch in micro_batches(split, list(range(12)), micro_batch_tokens, train_on_prompt):
+        for micro_batch in micro_batches(split, list(range(12)), micro_batch_tokens, train_on_prompt, packed):
             loss = module(*micro_batch) / labels
             loss.backward()
             total += loss.detach()
@@ -245,6 +251,60 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
         begin, end = split["offsets"][row : row + 2].tolist()
         wanted.append(tuple(split["input_ids"][begin + answer_start(split, row) : end].tolist()))
     assert found == sorted(wanted)
+
+
+def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_padding():
+    split = a_split(seed=3, rows=500)
+    found, tokens = [], int(row_lengths(split).sum())
+    for ids, labels, lengths in micro_batches(split, list(range(500)), 512, packed=True):
+        assert ids.shape == labels.shape == (1, lengths.sum()) and ids.numel() <= 512
+        found += zip(*(part[0].split(lengths.flatten().tolist()) for part in (ids, labels)))
+    assert sum(len(ids) for ids, _ in found) == tokens
+    wanted = []
+    for row in range(500):
+        begin, end = split["offsets"][row : row + 2].tolist()
+        ids = split["input_ids"][begin:end].tolist()
+        start = max(1, answer_start(split, row))  # what stands before a row's first token is another row's last one
+        wanted.append((ids, [IGNORED] * start + ids[start:]))
+    assert sorted((ids.tolist(), labels.tolist()) for ids, labels in found) == sorted(wanted)
+    assert len(micro_batches(split, list(range(500)), 512, packed=True)) == -(-tokens // 512)
+    (batch,) = micro_batches(split, [7], 5, packed=True)  # longer than the limit: alone
+    assert batch.attention_mask.tolist() == [[[[int(row_lengths(split)[7])]]]] and batch.input_ids.numel() > 5
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers before 4.53")
+def test_rows_are_packed_only_where_the_model_calculates_each_alone(build):
+    """A window shorter than the rows, or a state that goes on from row to row: padded, and as the model was."""
+    small = {**SMALL, "sliding_window": 50}
+    for config, longest, packs in [
+        (transformers.MistralConfig(**small), 50, True),
+        (transformers.MistralConfig(**small), 51, False),
+        (transformers.MambaConfig(vocab_size=300, hidden_size=32, state_size=8, num_hidden_layers=2), 51, False),
+        (transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), 51, False),  # its own attention
+    ]:
+        model = transformers.AutoModelForCausalLM.from_config(config).train()
+        before = model(input_ids=torch.arange(20)[None]).logits.detach() if longest == 51 else None
+        attention = model.config._attn_implementation
+        assert CausalLMLoss(model).let_pack(longest) == packs and model.training
+        assert model.config._attn_implementation == ("by_row" if packs else attention)
+        assert packs or torch.equal(model(input_ids=torch.arange(20)[None]).logits, before)
+    model = build("llama2").eval()
+    padded = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.int64)}
+    padded["attention_mask"][0, :7] = 0  # on the left, as for an answer
+    before = model(**padded).logits
+    assert CausalLMLoss(model).let_pack(64)
+    assert torch.equal(model(**padded).logits, before)  # a mask is a mask as ever
+    assert "by_row" not in model.config.to_json_string()  # which is saved with it
+
+
+@pytest.mark.parametrize("static_shapes", [False, True])
+def test_a_training_on_a_cpu_packs(static_shapes, build, tmp_path, monkeypatch):
+    asked = []
+    forward = CausalLMLoss.forward
+    monkeypatch.setattr(CausalLMLoss, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
+    test_a_training_step_is_that_of_one_padded_batch(static_shapes, "llama2", build, tmp_path)
+    packed = not static_shapes and hasattr(transformers, "AttentionMaskInterface")
+    assert asked and all(is_packed(mask) == packed for *_, mask in asked)
 
 
 def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
