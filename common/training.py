@@ -70,6 +70,7 @@ class Training:
         self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
         self.args, self.accelerator = args, accelerator
         packed = accelerator.packs and model.let_pack(args.block_size)
+        model.reused.on = accelerator.packs and processes.count() == 1
         shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt, packed
         self.batches = Batches(dataset["train"], args.batch_size, *shape)
         self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)

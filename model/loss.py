@@ -11,6 +11,7 @@ from torch import nn
 from common import UserError
 from common.batching import IGNORED
 from model.packing import is_packed, let_pack, positions
+from model.reused import Reused
 
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
 CHUNK_ELEMENTS = {"cpu": 2**24}
@@ -34,6 +35,7 @@ class CausalLMLoss(nn.Module):
         self.model = model
         # None: asked at the first forward, for a model on the meta device, or in shards, can't answer before
         self.own_head: Optional[bool] = True if static_shapes else None
+        self.reused = Reused()
 
     @property
     def network(self) -> nn.Module:
@@ -55,13 +57,17 @@ class CausalLMLoss(nn.Module):
             return F.cross_entropy(
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
+        head = network.get_output_embeddings()
+        if torch.is_grad_enabled():
+            self.reused.gradient_in_place("of the output layer", head)
+            self.reused.gradient_in_place("of the embeddings", network.get_input_embeddings())
         hidden = network.base_model(**batch)[0]
         chosen = targets != IGNORED
-        head = network.get_output_embeddings()
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        return ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen], chunk_of(hidden.device))
+        given = hidden[:, :-1][chosen], weight, bias, targets[chosen]
+        return ChunkedCrossEntropy.apply(*given, chunk_of(hidden.device), self.reused)
 
     def let_pack(self, longest: int) -> bool:
         """Whether it takes packed rows of at most `longest` tokens from here on."""
@@ -81,26 +87,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of `hidden @ weight.T + bias`, its gradients made in the forward pass.
 
     hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions];
-    elements: of the logits that may exist at once.
+    elements: of the logits that may exist at once, in the memory of `reused`.
     While a chunk's logits are there, its gradients cost two matrix products, and nothing has to be kept or computed
     again: the idea of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), in plain torch.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, elements):
+    def forward(ctx, hidden, weight, bias, targets, elements, reused):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # in float32 where several processes have gathered a weight in 16 bit: it is a sum over the chunks
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_weight = reused.empty("sum", weight.shape, torch.float32, weight.device).zero_() if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         product_weight = weight.to(dtype)
         rows = max(1, min(len(hidden), elements // len(weight)))
-        # all chunks use the same memory: the system would have to clear new memory of this size for each of them
-        of_product = hidden.new_empty((rows, len(weight)), dtype=dtype)
-        in_float32 = of_product if dtype == torch.float32 else of_product.new_empty(of_product.shape, dtype=total.dtype)
+        of_product = reused.empty("product", (rows, len(weight)), dtype, hidden.device)  # all chunks use it
+        in_float32 = of_product
+        if dtype != torch.float32:
+            in_float32 = reused.empty("logits", of_product.shape, torch.float32, hidden.device)
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
             product = torch.mm(part, product_weight.t(), out=of_product[: len(part)])
@@ -126,11 +133,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             elif need_weight:
                 grad_weight += grad.t() @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.add_to = weight.grad if need_weight and reused.on else None
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
-        return tuple(None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors) + (None, None)
+        of_hidden, of_weight, of_bias = (None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors)
+        if ctx.add_to is not None:  # and not autograd, which would ask for new memory
+            ctx.add_to += of_weight
+            of_weight = None
+        return of_hidden, of_weight, of_bias, None, None, None
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -124,6 +124,7 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
         cases += [(tokens, True) for tokens in (1, 64, 200, 10_000) if packs]
     for micro_batch_tokens, packed in cases:
         model.zero_grad()
+        module.reused.on = packed  # as in a training on a CPU
         total = 0
         for micro_batch in micro_batches(split, list(range(12)), micro_batch_tokens, train_on_prompt, packed):
             loss = module(*micro_batch) / labels
@@ -190,6 +191,25 @@ def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(bui
     monkeypatch.setattr(torch, "mm", recording)
     module(*batch).backward()
     assert max(products) == 7 and sum(products) == label_tokens(split)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "gpt"])  # gpt: embeddings and output layer are one
+def test_vocabulary_sized_memory_is_used_again(kind, build):
+    model, split = build(kind), a_split()
+    module, labels = CausalLMLoss(model), label_tokens(split)
+    module.reused.on = True
+    weights = {
+        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
+    }
+    assert len(weights) == (1 if kind == "gpt" else 2)
+    places = []
+    for _ in range(2):  # steps
+        for batch in micro_batches(split, list(range(12)), 200):
+            (module(*batch) / labels).backward()
+            pieces = [*module.reused.pieces.values(), *(weight.grad for weight in weights.values())]
+            places.append([piece.data_ptr() for piece in pieces])
+        model.zero_grad(set_to_none=True)
+    assert len(places) > 4 and all(one == places[0] for one in places)  # the first micro-batch is the largest
 
 
 def test_an_evaluation_makes_no_gradients(build, monkeypatch):

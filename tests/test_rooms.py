@@ -54,11 +54,11 @@ def test_the_way_to_the_first_step_is_short(warm, ready):
     total = lines.pop("in all")
     # 978 without checkpoints and without several processes (127, to share out and to meet): among them 160 to see how a
     # base is stored, what it is, and that no more and no less was loaded, 75 to see that the dataset file is whole, and
-    # 80 for rows without padding, which make a CPU a fifth faster
+    # 110 for rows without padding and for memory that is used again, which make a CPU a fifth faster
     planned = {f"model/{room}.py" for room in ("fit", "plan", "counts", "on_paper")}  # a learner may pass it by
     assert planned <= set(lines)
     assert sum(lines.values()) == total
-    assert sum(count for room, count in lines.items() if room not in planned) <= 1490, done.stdout
+    assert sum(count for room, count in lines.items() if room not in planned) <= 1520, done.stdout
     assert sum(lines[room] for room in planned) <= 350, done.stdout
     # it has seen the way: the script, the loop, the loss, the optimizer
     assert {"tutorial/train_llama2.py", "common/training.py", "model/loss.py", "common/optimizer.py"} <= set(lines)
