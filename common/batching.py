@@ -95,8 +95,8 @@ class Batches:
         for row in sorted(rows, key=lambda row: (-lengths[row], row)):
             # packed, a row goes to the first micro-batch with room; padded, to rows of like length, for little padding
             for group in groups if self.packed else groups[-1:]:
-                alone = sum(lengths[other] for other in group) + lengths[row]
-                if (alone if self.packed else (len(group) + 1) * lengths[group[0]]) <= self.micro_batch_tokens:
+                tokens = sum(map(lengths.get, [*group, row])) if self.packed else (len(group) + 1) * lengths[group[0]]
+                if tokens <= self.micro_batch_tokens:
                     group.append(row)
                     break
             else:
