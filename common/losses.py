@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import List
 
 import torch
@@ -12,21 +13,27 @@ from common.accelerator import Accelerator
 from common.batching import Batches
 
 
-@torch.no_grad()
-def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
-    """The loss over all label tokens of these rows, as in evaluation: without dropout, without gradients. `after_each`
-    micro-batch something is called; where it raises, the model is as before. Of several processes each takes its share
-    of the rows, and all get the sum."""
+@contextlib.contextmanager
+def evaluating(model: nn.Module):
+    """Inside, the model is in evaluation: without dropout, without gradients. Whatever comes, it is as before after."""
     was_training = model.training
     model.eval()
-    total = 0.0
     try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def total_loss(model: nn.Module, batches: Batches, rows: List[int], accelerator, after_each=lambda: None) -> float:
+    """The loss over all label tokens of these rows, in evaluation. `after_each` micro-batch something is called, which
+    may raise. Of several processes each takes its share of the rows, and all get the sum."""
+    total = 0.0
+    with evaluating(model):
         for start in range(0, len(rows), batches.batch_size):
             for micro_batch in batches.of(rows[start : start + batches.batch_size]):
                 total += forward(model, micro_batch, accelerator).item()
                 after_each()
-    finally:
-        model.train(was_training)
     return processes.total(torch.tensor(total, dtype=torch.float64)).item()
 
 

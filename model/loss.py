@@ -10,6 +10,7 @@ from torch import nn
 
 from common import UserError
 from common.batching import IGNORED
+from common.losses import evaluating
 from model.packing import is_packed, let_pack, positions
 from model.reused import Reused
 
@@ -58,10 +59,8 @@ class CausalLMLoss(nn.Module):
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
             )
         head = network.get_output_embeddings()
-        if torch.is_grad_enabled():
-            self.reused.gradient_in_place("of the output layer", head)
-            self.reused.gradient_in_place("of the embeddings", network.get_input_embeddings())
-        hidden = network.base_model(**batch)[0]
+        with self.reused.gradients_in_place(head, network.get_input_embeddings()):
+            hidden = network.base_model(**batch)[0]
         chosen = targets != IGNORED
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
@@ -166,14 +165,11 @@ def has_plain_head(model: nn.Module) -> bool:
         return seen["head_out"]
 
     hooks = [base.register_forward_hook(after_base), head.register_forward_hook(after_head)]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model):
             ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
         torch.clear_autocast_cache()  # torch 2.1 would go on with the weights cast here, which pass no gradient on
@@ -184,7 +180,6 @@ def has_plain_head(model: nn.Module) -> bool:
     )
 
 
-@torch.no_grad()
 def require_causal(model: nn.Module, model_dir: str) -> None:
     """UserError where a position of the model sees later tokens (BERT, Roberta): it would be trained with the answer
     before its eyes.
@@ -194,13 +189,11 @@ def require_causal(model: nn.Module, model_dir: str) -> None:
     """
     rows, half = len(model.get_input_embeddings().weight), 6
     ids = torch.arange(3 * half, device=model.device) + rows // 2  # pad and other special tokens stand at the ends
-    was_training = model.training
-    model.eval()
-    one, other = (
-        model(input_ids=(tail % rows)[None], use_cache=False).logits[0].float()
-        for tail in (ids[: 2 * half], torch.cat([ids[:half], ids[2 * half :]]))
-    )
-    model.train(was_training)
+    with evaluating(model):
+        one, other = (
+            model(input_ids=(tail % rows)[None], use_cache=False).logits[0].float()
+            for tail in (ids[: 2 * half], torch.cat([ids[:half], ids[2 * half :]]))
+        )
     moved = (one - other).abs().amax(1)
     of_experts = any("expert" in name for name, _ in model.named_parameters())
     if moved[:half].median() > (0.03 if of_experts else 0.001) * moved[half:].median():

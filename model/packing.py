@@ -7,6 +7,8 @@ from typing import Optional
 import torch
 from torch import nn
 
+from common.losses import evaluating
+
 BY_ROW = "by_row"  # the name of `attend_by_row` among transformers' attentions
 
 
@@ -35,7 +37,6 @@ def positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.arange(length) for length in attention_mask.flatten().tolist()])[None].to(attention_mask)
 
 
-@torch.no_grad()
 def let_pack(model: nn.Module, longest: int) -> bool:
     """Change the attention of a model of transformers so that it takes packed rows; whether it can take them.
 
@@ -48,23 +49,22 @@ def let_pack(model: nn.Module, longest: int) -> bool:
     if getattr(config, "_attn_implementation", "") not in ("sdpa", BY_ROW) or min(windows) < longest:
         return False
     ids = torch.arange(12, device=model.device)[None] + len(model.get_input_embeddings().weight) // 2
-    was_training, packs = model.training, False
-    model.eval()
+    packs = False
     try:
         from transformers import AttentionInterface, AttentionMaskInterface  # 4.53 and newer
         from transformers.masking_utils import sdpa_mask
 
-        one_row, *alone = (model(input_ids=part, use_cache=False).logits for part in (ids, ids[:, :6], ids[:, 6:]))
-        expected = torch.cat(alone, dim=1)
-        AttentionInterface.register(BY_ROW, attend_by_row)
-        AttentionMaskInterface.register(BY_ROW, sdpa_mask)
-        model.set_attn_implementation(BY_ROW)
-        mask = torch.tensor([[[[6, 6]]]], device=model.device)
-        found = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-        packs = bool((found - expected).abs().max() < 0.02 * (one_row - expected).abs().max())
+        with evaluating(model):
+            one_row, *alone = (model(input_ids=part, use_cache=False).logits for part in (ids, ids[:, :6], ids[:, 6:]))
+            expected = torch.cat(alone, dim=1)
+            AttentionInterface.register(BY_ROW, attend_by_row)
+            AttentionMaskInterface.register(BY_ROW, sdpa_mask)
+            model.set_attn_implementation(BY_ROW)
+            mask = torch.tensor([[[[6, 6]]]], device=model.device)
+            found = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+            packs = bool((found - expected).abs().max() < 0.02 * (one_row - expected).abs().max())
     except Exception:  # a model that does not know how fails in whatever way
         pass
     if not packs and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("sdpa")
-    model.train(was_training)
     return packs

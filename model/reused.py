@@ -6,6 +6,7 @@ takes longer than most of what is calculated in them.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Dict, Tuple
 
 import torch
@@ -28,11 +29,17 @@ class Reused:
             piece = self.pieces[name] = torch.empty(size, dtype=dtype, device=device)
         return piece[:size].view(shape)
 
-    def gradient_in_place(self, name: str, layer: nn.Module) -> None:
-        """Let the gradient of the layer's weight be added to what is there: without one it gets zeros. That of an
-        embedding is sparse from here on, the rows of the tokens that came, and autograd adds these alone."""
-        weight = layer.weight
-        if self.on and weight.requires_grad:
-            layer.sparse = True
-            if weight.grad is None:
-                weight.grad = self.empty(name, weight.shape, weight.dtype, weight.device).zero_()
+    @contextlib.contextmanager
+    def gradients_in_place(self, head: nn.Module, embeddings: nn.Module):
+        """Inside a forward pass: what its backward pass has for both weights is added where their gradients are, zeros
+        at first. That of the embeddings is sparse, the rows of the tokens that came, and autograd adds these alone."""
+        sparse = getattr(embeddings, "sparse", False)
+        if self.on and torch.is_grad_enabled():
+            for name, weight in (("of the output layer", head.weight), ("of the embeddings", embeddings.weight)):
+                if weight.requires_grad and weight.grad is None:
+                    weight.grad = self.empty(name, weight.shape, weight.dtype, weight.device).zero_()
+            embeddings.sparse = embeddings.weight.requires_grad
+        try:
+            yield
+        finally:
+            embeddings.sparse = sparse

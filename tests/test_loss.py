@@ -210,6 +210,9 @@ def test_vocabulary_sized_memory_is_used_again(kind, build):
             places.append([piece.data_ptr() for piece in pieces])
         model.zero_grad(set_to_none=True)
     assert len(places) > 4 and all(one == places[0] for one in places)  # the first micro-batch is the largest
+    optimizer = torch.optim.AdamW(model.parameters())  # a reader's own loop goes on with the model: no sparse gradients
+    model(input_ids=batch.input_ids, labels=batch.input_ids).loss.backward()
+    optimizer.step()
 
 
 def test_an_evaluation_makes_no_gradients(build, monkeypatch):
