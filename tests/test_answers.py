@@ -247,7 +247,7 @@ def test_memory_that_gives_out_loses_nothing(never_cut_answers, asks, warm):
 def test_a_disk_that_is_full_leaves_whole_lines(never_cut_answers, asks, warm):
     """By the system's own limit on the size of a file."""
     write(asks / "questions.jsonl", lines(asks / "questions.jsonl") * 10)
-    command = FILE.replace("python ", f"python {ROOT}/tests/limited.py files 2000 ")
+    command = FILE.replace("python ", f"python {ROOT}/tests/limited.py files 4000 ")
     tells(warm(command, cwd=asks, ok=None), "can't write", "File too large", "Free some space")
     assert 2 < len(lines(asks / "answers.jsonl")) < 50
     warm(FILE, cwd=asks)

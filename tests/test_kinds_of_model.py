@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.model_directory import stored_tensors
 from common.tokenization import load_tokenizer
 from model.loading import load_model
 from tests import stored_forms as forms
@@ -167,4 +168,7 @@ def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
     directory = str((ready / model_of(kind, ready, dtype=torch.bfloat16, **more)).resolve())
     model = load_model(directory, torch.device("cpu"), torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
-    assert directory not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    # transformers 4 makes no one tensor of them: there the files are the weights, and not beside them
+    made = dict(model.named_parameters()).keys() - stored_tensors(directory).keys()
+    assert made or transformers.__version__ < "5"
+    assert not made or directory not in Path("/proc/self/maps").read_text(encoding="utf-8")
