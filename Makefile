@@ -22,7 +22,7 @@ demo: .venv/demo
 smollm2_demo_dataset.pt: smollm2-135m/model.safetensors
 	$(PY) dataset/prepare_smollm2_dataset.py --block-size 256 --save-path ./smollm2_demo_dataset.pt
 smollm2_demo/model.safetensors: smollm2_demo_dataset.pt
-	$(PY) tutorial/train_smollm2.py --dataset-name-or-path ./smollm2_demo_dataset.pt --save-dir ./smollm2_demo --block-size 256 --batch-size 8 --micro-batch-tokens 256 --max-train-steps 16 --lr 1e-4 --eval-step 16 --eval-rows 32
+	$(PY) tutorial/train_smollm2.py --dataset-name-or-path ./smollm2_demo_dataset.pt --save-dir ./smollm2_demo --block-size 256 --batch-size 8 --micro-batch-tokens 256 --max-train-steps 16 --lr 1e-4 --eval-rows 32
 
 test: .venv/test
 	.venv/bin/ruff check .
