@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 from typing import Dict, List, Tuple
 
-from common import UserError, after_interrupt
-from common.files import flush, require_place, weights_fingerprint, written_whole
-from common.model_directory import base_of
+from common.support.exit import UserError
+from common.support.files import atomic_write, flush, require_writable, weights_fingerprint
+from common.support.model_dir import base_of
 
 ADDED = ("answer", "ended")  # beside a row's own fields: the text, and whether it came to its end by itself
 # what makes other answers; --batch-rows is not among these
@@ -41,7 +41,7 @@ class Answers:
         for path in (self.path, self.run):
             if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
                 raise UserError(f"{path} can't be written, or is a directory. Give another --save-path.")
-        require_place(self.path.parent, "--save-path")
+        require_writable(self.path.parent, "--save-path")
         if self.path.exists():
             self._require_same()
             self._read()
@@ -51,13 +51,11 @@ class Answers:
         return [row for row in range(len(self.rows)) if row not in self.done]
 
     def __enter__(self) -> Answers:
-        self._tell_what_follows()
         return self
 
     def __exit__(self, *_) -> None:
         if self.done:
             self._put_in_order()
-        self._tell_what_follows()
 
     def begin(self, facts: dict) -> None:
         """Write down how the answers are made: `facts`, and what has to be the same when they go on."""
@@ -66,7 +64,7 @@ class Answers:
             self._put_in_order()
         else:
             self.path.unlink(missing_ok=True)  # it has half a line at most
-        with written_whole(self.run) as new:
+        with atomic_write(self.run) as new:
             new.write_text(json.dumps({**facts, **self.facts}, indent=2, ensure_ascii=False), encoding="utf-8")
 
     def add(self, answers: Dict[int, Tuple[str, bool]]) -> None:
@@ -80,20 +78,15 @@ class Answers:
         except BaseException:  # of a full disk or an interrupt: no half line stays
             os.truncate(self.path, before)
             raise
-        self._tell_what_follows()
 
     def _put_in_order(self) -> None:
-        with written_whole(self.path) as new:
+        with atomic_write(self.path) as new:
             new.write_bytes(self._lines(sorted(self.done)))
 
     def _lines(self, rows) -> bytes:
         lines = [{**self.rows[row], **dict(zip(ADDED, self.done[row]))} for row in rows]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         return text.encode("utf-8", "backslashreplace")  # half an emoji, which JSON writes so
-
-    def _tell_what_follows(self) -> None:
-        count = f"{len(self.done)} of {len(self.rows)} rows are answered in {self.path}"
-        after_interrupt[:] = [f"Run the same command to go on: {count}."]
 
     def _require_same(self) -> None:
         try:

@@ -18,8 +18,9 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
-from common import UserError, reason_of, require_package
 from common.conversation import SYSTEM
+from common.support.compat import require_package
+from common.support.exit import UserError, short_message
 from common.tokenization import largest_id
 
 QUESTION = {"role": "user", "content": "a"}
@@ -97,7 +98,7 @@ class Chat:
             advice = "Mend that row."
             if messages and messages[0]["role"] in SYSTEM and self._takes(messages[1:], tools, ask):
                 advice = "It takes no system message: put that text before the first user message's."
-            raise UserError(f"the chat template of {self.name} refuses it: {reason_of(error)}. {advice}") from None
+            raise UserError(f"the chat template of {self.name} refuses it: {short_message(error)}. {advice}") from None
         text = self.special.sub(lambda found: self.mark % self.places[found.group()], text)
         return self.found_hidden.sub(lambda found: self.texts[int(found.group(1))], text)
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from copy import deepcopy
 from typing import Callable, List, Optional
 
-from common import UserError
+from common.support.exit import UserError
 from common.text import cell
 from common.tokenization import Example, encode_prompt
 from common.words import ID, as_list, words_of

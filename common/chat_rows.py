@@ -6,10 +6,10 @@ from collections import Counter
 from itertools import compress, takewhile
 from typing import Callable, List, Optional, Sequence, Tuple
 
-from common import UserError
 from common.chat import Chat, Turns
 from common.columns import applied, place_of
 from common.conversation import SYSTEM, Conversation, checked, says_something, tools_of
+from common.support.exit import UserError
 
 Encoded = Tuple[List[int], bytearray]  # token ids, and of each a byte: 1 where it carries a loss
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Callable, Dict
 
-from common import UserError
 from common.conversation import COLUMNS, Conversation, chat
+from common.support.exit import UserError
 from common.text import cell, listed, not_text, text_of
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import List, NamedTuple, Optional
 
-from common import UserError
+from common.support.exit import UserError
 from common.text import cell, listed, text_of
 
 COLUMNS = ("messages", "conversations")  # the usual name of the column, and ShareGPT's

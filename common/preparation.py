@@ -17,8 +17,8 @@ from operator import attrgetter, length_hint
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from common.columns import renamed
-from common.telling import told
 from common.tokenization import encode_rows
+from common.train_log import with_progress
 
 ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
 ROWS_FOR_ONE = 1000  # up to so many are not worth further processes
@@ -73,7 +73,7 @@ def encoded_chunks(name: str, rows: Iterable[dict], encoder: Encoder) -> Iterato
         encoded = map(encoder.chunk, chain(first, chunks))
     else:
         encoded = _in_processes(chain(first, chunks), encoder, processes)
-    return told(encoded, attrgetter("rows"), name, length_hint(rows) or None)
+    return with_progress(encoded, attrgetter("rows"), name, length_hint(rows) or None)
 
 
 def show_rows(rows: Iterable[dict], count: int, encoder: Encoder) -> None:

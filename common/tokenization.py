@@ -9,8 +9,8 @@ from collections import Counter
 from itertools import compress
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
-from common import UserError, cause_of, first_line
-from common.model_directory import positions_and_embeddings, require_directory
+from common.support.exit import UserError, first_line
+from common.support.model_dir import explain_load_error, positions_and_embeddings, require_directory
 
 
 class Example(NamedTuple):
@@ -32,7 +32,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     except UserError:
         raise
     except Exception as error:  # a file of another version fails as a bare Exception
-        cause = cause_of(error)
+        cause = explain_load_error(error)
         if cause and not isinstance(error, ImportError):  # slow forms ask for packages that no tutorial needs
             raise UserError(f"{model_dir} can't be used: {cause}") from None
         reason = first_line(error)[:200]
@@ -53,7 +53,7 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     return tokenizer
 
 
-def room_beside(positions: Optional[int], max_new_tokens: int) -> int:
+def max_prompt_tokens(positions: Optional[int], max_new_tokens: int) -> int:
     """Tokens that a prompt may have, so that its answer still fits into a model's positions, if these are known.
     UserError if none."""
     if max_new_tokens >= (positions or sys.maxsize):
@@ -77,7 +77,7 @@ def fingerprint(tokenizer) -> str:
 
 def encode_prompt(tokenizer, example: Example, limit: int) -> List[int]:
     """The prompt's ids as the model saw them in training: at most `limit` tokens, the row's own text cut to fit."""
-    from common.cutting import fit  # here, because a training has no use for it
+    from common.cutting import fit
 
     return fit(tokenizer, [example.prompt], [limit])[0][0]
 
@@ -92,7 +92,7 @@ def encode_rows(
     Counted are rows, tokens, dropped, prompts cut, answers cut. Raises UserError where a row lacks a column or has an
     answer without a token, and where a block has no room for an answer.
     """
-    from common.columns import applied, place_of  # a training encodes no rows
+    from common.columns import applied, place_of
     from common.cutting import fit
     from common.words import BEGIN, as_list, words_of
 

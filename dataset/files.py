@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Dict, Iterator, List, Tuple
 
-from common import UserError, first_line
+from common.support.exit import UserError, first_line
 from dataset.json_files import json_array, json_lines
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")

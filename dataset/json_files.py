@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
-from common import UserError
+from common.support.exit import UserError
 from common.text import listed
 
 

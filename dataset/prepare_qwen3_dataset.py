@@ -12,9 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
 
-from common.arguments import prepare_arguments
 from common.conversation import chat
-from common.dataset_cache import prepare_dataset
+from common.dataset_file import prepare_dataset
+from common.support.cli import prepare_arguments
+from common.support.exit import run
 from common.tokenization import load_tokenizer
 from dataset.sources import load_splits
 
@@ -37,4 +38,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
-from common import UserError
 from common.answers import ADDED, Answers
 from common.chat_rows import encode_question
 from common.columns import applied, place_of
 from common.conversation import COLUMNS, SYSTEM, Conversation, chat, messages_of, says_something, tools_of
+from common.support.exit import UserError
+from common.support.model_dir import positions_and_embeddings
 from common.text import cell, listed
-from common.tokenization import encode_prompt, positions_and_embeddings, room_beside
+from common.tokenization import encode_prompt, max_prompt_tokens
 from dataset.files import FileRows, Row
 from dataset.json_files import json_lines
 
@@ -37,7 +38,7 @@ class Questions(NamedTuple):
 
         A single question is cut where the model has no room for it, as in the training; of a file it is a UserError.
         """
-        room, prompts = room_beside(positions_and_embeddings(args.model_name_or_path)[0], args.max_new_tokens), {}
+        room, prompts = max_prompt_tokens(positions_and_embeddings(args.model_name_or_path)[0], args.max_new_tokens), {}
         limit = sys.maxsize if self.answers else room
         for row in self.answers.missing() if self.answers else [0]:
             asked = self.asked[row]

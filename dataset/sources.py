@@ -8,7 +8,7 @@ from operator import length_hint
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, Tuple
 
-from common import UserError, first_line
+from common.support.exit import UserError, first_line
 from dataset.files import (
     NARROW,
     OTHERS,

@@ -15,9 +15,10 @@ from typing import List
 
 from torch import nn
 
-from common import UserError, reason_of, require_package
-from common.files import weights_fingerprint
-from common.model_directory import ADAPTER, adapter_facts
+from common.support.compat import require_package
+from common.support.exit import UserError, short_message
+from common.support.files import weights_fingerprint
+from common.support.model_dir import ADAPTER, adapter_facts
 from model.quantization import bits_of
 
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
@@ -63,7 +64,7 @@ def add_lora(model: nn.Module, base: str, r: int, alpha: float, dropout: float, 
             model = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
-            f"peft puts no adapter beside these layers of {base}: {reason_of(error)} Name others with "
+            f"peft puts no adapter beside these layers of {base}: {short_message(error)} Name others with "
             "--lora-target-modules."
         ) from None
     _tell(model, r, total)
@@ -155,7 +156,7 @@ def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
             return PeftModel.from_pretrained(model, adapter_dir, **options)
     except Exception as error:  # a damaged file, layers of another model: each has a type of its own
         raise UserError(
-            f"The adapter {adapter_dir} can't be put on {base}: {reason_of(error)}. Train it again."
+            f"The adapter {adapter_dir} can't be put on {base}: {short_message(error)}. Train it again."
         ) from None
 
 

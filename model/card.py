@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Dict, List
 
-from common import without_secrets
-from common.origin import is_hub_id, origin_of
+from common.support.exit import without_secrets
+from common.support.model_dir import is_hub_id, read_origin
 
 CARD = "README.md"
 OURS = "<!-- written by the script that saved the model -->"
@@ -43,7 +43,7 @@ its name on the hub, there.
 
 def write_card(directory: Path, save_dir: str, made_of: dict, run: dict, adapter: bool, ask: dict) -> None:
     """Write the card of what `directory` holds, and `save_dir` will: of `run` (run.json, {}: not known), `made_of`
-    (common.origin), whether it is an adapter; ask: {"chat": by its chat template, "end": id that ends an answer}.
+    (base_models), whether it is an adapter; ask: {"chat": by its chat template, "end": id that ends an answer}.
 
     Another README.md that is in `save_dir`, the reader's own, stays.
     """
@@ -53,7 +53,7 @@ def write_card(directory: Path, save_dir: str, made_of: dict, run: dict, adapter
     if there.is_file() and OURS not in there.read_text(encoding="utf-8", errors="replace"):
         print(f"{there} is your own and stays: no model card is written.")
         return
-    base, meta = origin_of(made_of["base"]), run.get("dataset", {})
+    base, meta = read_origin(made_of["base"]), run.get("dataset", {})
     source = str(meta.get("dataset", "")).partition(" at ")[0]
     data = ModelCardData(
         base_model=base.get("name"),
@@ -101,7 +101,7 @@ def _facts(made_of: dict, run: dict) -> Dict[str, str]:
 
 def _named(model: str) -> str:
     """By its name on the hub, or that of its directory: where that lies is the reader's own affair."""
-    origin = origin_of(model)
+    origin = read_origin(model)
     revision = f", {origin['revision']}" if origin.get("revision") else ""
     return f"{origin['name']}{revision}" if origin else f"`{Path(model).resolve().name}`"
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from common import UserError, reason_of
-from common.model_directory import raw_config
+from common.support.exit import UserError, short_message
+from common.support.model_dir import raw_config
 from model.loss import chunk_of
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
 from model.reading import DTYPE
@@ -84,7 +84,7 @@ def config_of(model_dir: str):
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)
     except Exception as error:  # each way in which it can be wrong has a type of its own
-        raise NoPlan(f"transformers does not know the model of {model_dir}: {reason_of(error)}") from None
+        raise NoPlan(f"transformers does not know the model of {model_dir}: {short_message(error)}") from None
 
 
 def can_checkpoint(config) -> bool:
@@ -139,7 +139,9 @@ def _on_meta(config, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{DTYPE: dtype})
     except Exception as error:  # a config that fits no model fails in many ways
-        raise NoPlan(f"transformers can't build the {config.model_type} of config.json: {reason_of(error)}") from None
+        raise NoPlan(
+            f"transformers can't build the {config.model_type} of config.json: {short_message(error)}"
+        ) from None
 
 
 @lru_cache(maxsize=None)

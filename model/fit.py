@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Iterator, Optional
 
-from common import UserError, processes
-from common.accelerator import Accelerator
-from common.memory import total_memory
-from common.model_directory import base_of
+from common import distributed
+from common.device import Device, total_memory
+from common.support.exit import UserError
+from common.support.model_dir import base_of
 from model.counts import NoPlan, Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
@@ -19,28 +19,28 @@ OPTIONS = {"full": "", "lora": " --use-lora", "lora_4bit": " --use-lora --load-i
 WORDS = {"--use-lora", "--no-use-lora", "--load-in-4bit", "--load-in-8bit", "--no-quantization"}
 
 
-def plan_training(args, accelerator: Accelerator, before: dict) -> Optional[Plan]:
+def plan_training(args, device: Device, before: dict) -> Optional[Plan]:
     """Print what the training of `args` will take, and settle what is left open: args.gradient_checkpointing (None) and
     args.micro_batch_tokens (0) become what fits the device's total memory, so that the same command is the same run.
 
-    before: the state of a run that goes on (common.state), whose choice is kept. None where nothing can be said: on
+    before: the state of a run that goes on (State), whose choice is kept. None where nothing can be said: on
     MoAI Platform, which splits a model by itself, with a torch that is too old, and of a model that can't be built
     (loading it tells why). UserError where weights, gradients and optimizer states alone are more than the device has,
     with the command that fits.
     """
-    before = processes.from_first(before)  # which alone has looked for checkpoints
-    if not accelerator.static_shapes and can_count():
+    before = distributed.broadcast_object(before)  # which alone has looked for checkpoints
+    if not device.static_shapes and can_count():
         try:
-            return _plan_training(args, accelerator, before)
+            return _plan_training(args, device, before)
         except NoPlan:
             pass
     args.gradient_checkpointing = bool(args.gradient_checkpointing)
     return None
 
 
-def _plan_training(args, accelerator: Accelerator, before: dict) -> Plan:
+def _plan_training(args, device: Device, before: dict) -> Plan:
     config = config_of(base_of(args.model_name_or_path))
-    may_checkpoint, memory = can_checkpoint(config), memory_of(accelerator)
+    may_checkpoint, memory = can_checkpoint(config), memory_of(device)
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing
     if checkpointing is None:
@@ -48,11 +48,11 @@ def _plan_training(args, accelerator: Accelerator, before: dict) -> Plan:
     way = Way(
         method=next((name for name, bits in BITS.items() if bits == args.bits), "lora") if args.use_lora else "full",
         checkpointing=bool(checkpointing),
-        tokens=min(tokens or accelerator.micro_batch_tokens, args.batch_size * args.block_size),
+        tokens=min(tokens or device.micro_batch_tokens, args.batch_size * args.block_size),
         length=args.block_size,
-        dtype=accelerator.dtype,
-        device=accelerator.device.type,
-        processes=processes.count(),
+        dtype=device.dtype,
+        device=device.torch_device.type,
+        processes=distributed.world_size(),
         lora=(args.lora_r, args.lora_dropout, tuple(args.lora_target_modules)),
     )
     planned = best(config, ways(way, tokens == 0, checkpointing is None), memory)
@@ -73,10 +73,12 @@ def _plan_training(args, accelerator: Accelerator, before: dict) -> Plan:
     return planned
 
 
-def memory_of(accelerator: Accelerator) -> float:
+def memory_of(device: Device) -> float:
     """Bytes that a process has for itself: of the smallest device, or its part of the main memory."""
-    memory = total_memory(accelerator.device)
-    return -processes.largest([-memory if accelerator.device.type == "cuda" else -memory / processes.on_machine()])[0]
+    memory = total_memory(device.torch_device)
+    return -distributed.all_reduce_max(
+        [-memory if device.torch_device.type == "cuda" else -memory / distributed.local_world_size()]
+    )[0]
 
 
 def ways(way: Way, tokens: bool = True, checkpointing: bool = True) -> Iterator[Way]:
@@ -103,7 +105,7 @@ def _what_fits(config, way: Way, memory: float) -> str:
     """A command for the reader, made of the one that was given."""
     others = METHODS[METHODS.index(way.method) + 1 :] if way.method in METHODS else METHODS[-1:]
     words = " ".join(word for word in sys.argv if word not in WORDS)
-    start = "python" if way.processes == 1 else f"torchrun --nproc-per-node {processes.on_machine()}"
+    start = "python" if way.processes == 1 else f"torchrun --nproc-per-node {distributed.local_world_size()}"
     for method in others:
         if best(config, ways(way._replace(method=method)), memory).peak <= MOST * memory:
             return f"What fits: {start} {words}{OPTIONS[method]}"

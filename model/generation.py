@@ -9,19 +9,18 @@ import torch
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from common import UserError
 from common.answers import Answers
-from common.batching import Batches
-from common.losses import total_loss
-from common.progress import facts_of_run
-from common.telling import told
-from common.tokenization import room_beside
+from common.batches import Batches
+from common.support.exit import UserError
+from common.tokenization import max_prompt_tokens
+from common.train_log import facts_of_run, with_progress
+from common.trainer import total_loss
 from model.loss import CausalLMLoss, require_causal
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
     """Tokens that a prompt of this model may have beside its answer. UserError if none."""
-    return room_beside(getattr(model.config, "max_position_embeddings", None), max_new_tokens)
+    return max_prompt_tokens(getattr(model.config, "max_position_embeddings", None), max_new_tokens)
 
 
 @torch.no_grad()
@@ -77,7 +76,7 @@ def answer_ids(
 
 
 def answer_rows(
-    model, tokenizer, prompts: Dict[int, List[int]], answers: Answers, args, accelerator, ends: Sequence[int] = ()
+    model, tokenizer, prompts: Dict[int, List[int]], answers: Answers, args, device, ends: Sequence[int] = ()
 ) -> None:
     """Answer `prompts`, {row: token ids} of a file of prompts, `args.batch_rows` at once, and save the answers of each
     batch in `answers` as soon as it is done. `ends` as in answer_ids.
@@ -86,9 +85,9 @@ def answer_rows(
     batches = _of_like_length(prompts, args.batch_rows)
     if answers.done:
         print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
-    answers.begin(facts_of_run(vars(args), {}, accelerator.name))
+    answers.begin(facts_of_run(vars(args), {}, device.name))
     with answers:
-        for rows in told(batches, len, "answers", len(answers.rows), len(answers.done)):
+        for rows in with_progress(batches, len, "answers", len(answers.rows), len(answers.done)):
             some = [prompts[row] for row in rows]
             found = answer_ids(model, tokenizer, some, args.max_new_tokens, ends, args.temperature)
             answers.add({row: text_and_end(tokenizer, ids, ends) for row, ids in zip(rows, found)})
@@ -113,7 +112,7 @@ def _sampling(temperature: float) -> dict:
 
 
 def perplexity_and_answers(
-    model, tokenizer, batches: Batches, prompts: List[List[int]], max_new_tokens: int, accelerator, when: str, ends=()
+    model, tokenizer, batches: Batches, prompts: List[List[int]], max_new_tokens: int, device, when: str, ends=()
 ) -> Tuple[float, List[Tuple[str, bool]]]:
     """The perplexity (exp of the mean loss of a label token) of the first rows of `batches`, and to each of their
     prompts (token ids) the likeliest answer and whether it ended by itself; no answers where `max_new_tokens` is 0.
@@ -122,13 +121,13 @@ def perplexity_and_answers(
     """
     if max(map(len, prompts)) > prompt_room(model, max_new_tokens):
         raise UserError(f"--max-new-tokens {max_new_tokens} leaves no room for the longest prompt. Take fewer.")
-    if not accelerator.static_shapes:
+    if not device.static_shapes:
         require_causal(model, model.name_or_path)
-    with_loss = CausalLMLoss(model, static_shapes=accelerator.static_shapes)
+    with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
     loss, answers = 0.0, {}
     with tqdm(total=len(prompts), desc=when, unit="row", dynamic_ncols=True) as bar:
         for rows in _of_like_length(dict(enumerate(prompts)), batches.batch_size):
-            loss += total_loss(with_loss, batches, rows, accelerator)
+            loss += total_loss(with_loss, batches, rows, device)
             if max_new_tokens:
                 some = [prompts[row] for row in rows]
                 answers.update(zip(rows, answer_ids(model, tokenizer, some, max_new_tokens, ends)))

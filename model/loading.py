@@ -12,13 +12,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from common import UserError, after_interrupt, full_disk, processes, reason_of, without_secrets
-from common.checkpoint_files import checkpoints_in
-from common.dataset_cache import ends_of
-from common.files import require_room, weights_fingerprint, written_whole
-from common.memory import room_for
-from common.model_directory import RUN, adapter_facts, base_of, bytes_of_weights, stored_tensors
-from common.state import FULL_MEMORY
+from common import distributed
+from common.checkpoint import FULL_MEMORY, checkpoints_in
+from common.dataset_file import stop_token_ids
+from common.device import room_for
+from common.support.cli import memory_saving_options
+from common.support.exit import UserError, disk_problem, short_message, without_secrets
+from common.support.files import atomic_write, require_disk_space, weights_fingerprint
+from common.support.model_dir import RUN, adapter_facts, base_of, bytes_of_weights, stored_tensors
 from model.adapters import add_lora, go_on_with, load_adapter, save_adapter
 from model.loss import CausalLMLoss
 from model.on_paper import enable_checkpointing
@@ -35,35 +36,35 @@ OF_A_MODEL = (
 )  # fmt: skip
 
 
-def load_to_train(args, accelerator) -> CausalLMLoss:
-    """The model of `args` on the accelerator with its loss, one module, ready to train.
+def load_to_train(args, device) -> CausalLMLoss:
+    """The model of `args` on the device with its loss, one module, ready to train.
 
     All its weights, in float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the products
-    are in 16 bit all the same (Accelerator.autocast). With `args.use_lora` an adapter in float32 on a base that stays
+    are in 16 bit all the same (Device.autocast). With `args.use_lora` an adapter in float32 on a base that stays
     as it is, and so can be in 16 bit, or in `args.bits`; of an adapter's directory that adapter, on its base.
     UserError, before the training and not after it, where the result would not fit on the disk.
     """
     directory = base_of(args.model_name_or_path)
     for path in sorted({directory, args.model_name_or_path}):  # in one order in all processes
-        processes.require_same(weights_fingerprint(path), f"the model {path}")
-    stored, device = how_stored(directory), accelerator.device
+        distributed.require_same_on_all_ranks(weights_fingerprint(path), f"the model {path}")
+    stored = how_stored(directory)
     if args.use_lora:
         args.bits = bits_to_use(stored, args.bits or None, directory)
     else:
         in_16_bit = 16 // min(16, stored.bits)  # how many times as large as the base's files
-        require_room(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
-    dtype = accelerator.dtype if args.use_lora else torch.float32
-    if processes.count() > 1 and not args.bits:
+        require_disk_space(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
+    dtype = device.dtype if args.use_lora else torch.float32
+    if distributed.world_size() > 1 and not args.bits:
         from model.sharding import load_in_shards  # not there before torch 2.6
 
-        module = load_in_shards(directory, stored, dtype, accelerator)
+        module = load_in_shards(directory, stored, dtype, device)
     else:
-        base = load_model(directory, device, dtype, args.bits)
-        module = CausalLMLoss(base, static_shapes=accelerator.static_shapes)
+        base = load_model(directory, device.torch_device, dtype, args.bits, memory_saving_options(args))
+        module = CausalLMLoss(base, static_shapes=device.static_shapes)
     base = module.model
     if args.use_lora:
         module.model = _with_adapter(base, directory, args)
-    if not accelerator.static_shapes:  # there each new shape is compiled, for minutes
+    if not device.static_shapes:  # there each new shape is compiled, for minutes
         module.require_causal(directory)
     if args.gradient_checkpointing:
         if not base.supports_gradient_checkpointing:
@@ -80,12 +81,14 @@ def _with_adapter(base: nn.Module, directory: str, args) -> nn.Module:
     else:
         model = go_on_with(base, args.model_name_or_path, args.lora_dropout)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    require_room(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
-    processes.same_from_first(trained)
+    require_disk_space(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
+    distributed.broadcast_parameters(trained)
     return model
 
 
-def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None):
+def load_model(
+    model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None, options=()
+):
     """The model of `model_dir` on `device`, its weights in `dtype`; None: in the type in which they are stored.
 
     Of an adapter's directory: its base, with the adapter on it. `bits`: 4 or 8 to quantize, with products in `dtype`;
@@ -105,7 +108,7 @@ def load_model(model_dir: str, device: torch.device, dtype: Optional[torch.dtype
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device):
+    with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device, options):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
@@ -128,7 +131,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     them, in every transformers from 4.40 on. `model` stays as it is: copies are cast.
 
     base: the directory whose types the weights get back; without one they are saved as they are. Of a model with an
-    adapter the adapter alone is saved, as it is. run: what is to stand in run.json (common.training.train gives it).
+    adapter the adapter alone is saved, as it is. run: what is to stand in run.json (common.trainer.train gives it).
     A model card comes along, where one of the two is known. All of it is on the disk, has been compared with the model,
     and takes the place of a model that is there already in one step, before the last line. UserError where it differs:
     what was there before stays.
@@ -138,25 +141,26 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     # a run that is finished needs its checkpoints no more: they go in the step in which the model comes
     checkpoints = [path.name for path in checkpoints_in(save_dir)] + [FULL_MEMORY] if run else []
     try:
-        with processes.by_first(lambda: written_whole(save_dir, stale=(*OF_A_MODEL, *checkpoints))) as new:
+        with distributed.on_main_process(lambda: atomic_write(save_dir, stale=(*OF_A_MODEL, *checkpoints))) as new:
             _write(network, tokenizer, new, save_dir, base, run or {})
     except Exception as error:  # safetensors has a type of its own for a disk that is full
-        if not full_disk(error):
+        if not disk_problem(error):
             raise
         size = sum(weight.numel() * weight.element_size() for weight in network.parameters() if weight.requires_grad)
         raise UserError(
-            f"{save_dir} can't be written: {full_disk(error)}. Free {size / 1e9:.1f} GB there. {after_interrupt[0]}"
+            f"{save_dir} can't be written: {disk_problem(error)}. Free {size / 1e9:.1f} GB there "
+            "and run the same command again."
         ) from None
     print(f"Model saved in {save_dir}")
 
 
 def _write(network: nn.Module, tokenizer, new: Path, save_dir: str, base: str, run: dict) -> None:
     meta = run.get("dataset", {})
-    end = ends_of(meta, tokenizer)[0]
+    end = stop_token_ids(meta, tokenizer)[0]
     adapter = hasattr(network, "get_base_model")  # not `peft_config`: in peft 0.17 a merged model keeps it
     if not adapter:
         _save_weights(network, tokenizer, new, base, end)
-    if not processes.is_first():
+    if not distributed.is_main_process():
         return
     if adapter:
         save_adapter(network, new, meta.get("template", ""))
@@ -175,7 +179,7 @@ def _write(network: nn.Module, tokenizer, new: Path, save_dir: str, base: str, r
         except OSError:
             raise
         except Exception as error:  # a card is not worth a trained model
-            print(f"The model card was not written: {reason_of(error)}")
+            print(f"The model card was not written: {short_message(error)}")
     mode = min(new.glob("*config.json")).stat().st_mode
     for file in new.iterdir():
         file.chmod(mode)  # safetensors lets nobody else read its files
@@ -186,9 +190,9 @@ def _save_weights(model, tokenizer, directory: Path, base: str, end: int) -> Non
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = end  # so that it stops in plain transformers too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
-    if processes.count() > 1:
+    if distributed.world_size() > 1:
         write_gathered(model, directory, stored)
-        if processes.is_first():
+        if distributed.is_main_process():
             complete_config(directory, base, stored.most if stored else None)
         return
     weights = weights_to_save(model, stored)

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
-from common.batching import IGNORED
-from common.losses import evaluating
+from common.batches import IGNORE_INDEX
+from common.support.exit import UserError
+from common.trainer import eval_mode
 from model.packing import is_packed, let_pack, positions
 from model.reused import Reused
 
-# float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
+# float32 logits that exist at once: 64 MB on a CPU, 512 MB on an device
 CHUNK_ELEMENTS = {"cpu": 2**24}
 CHUNK_ELEMENTS_ELSEWHERE = 2**27
 
@@ -56,12 +56,12 @@ class CausalLMLoss(nn.Module):
         if self.own_head:
             logits = network(**batch).logits[:, :-1]
             return F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             )
         head = network.get_output_embeddings()
         with self.reused.gradients_in_place(head, network.get_input_embeddings()):
             hidden = network.base_model(**batch)[0]
-        chosen = targets != IGNORED
+        chosen = targets != IGNORE_INDEX
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -166,7 +166,7 @@ def has_plain_head(model: nn.Module) -> bool:
 
     hooks = [base.register_forward_hook(after_base), head.register_forward_hook(after_head)]
     try:
-        with evaluating(model):
+        with eval_mode(model):
             ids = torch.tensor([[0, 1, 2]], device=head.weight.device)
             logits = model(input_ids=ids, use_cache=False).logits
     finally:
@@ -189,7 +189,7 @@ def require_causal(model: nn.Module, model_dir: str) -> None:
     """
     rows, half = len(model.get_input_embeddings().weight), 6
     ids = torch.arange(3 * half, device=model.device) + rows // 2  # pad and other special tokens stand at the ends
-    with evaluating(model):
+    with eval_mode(model):
         one, other = (
             model(input_ids=(tail % rows)[None], use_cache=False).logits[0].float()
             for tail in (ids[: 2 * half], torch.cat([ids[:half], ids[2 * half :]]))

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from common.losses import evaluating
+from common.trainer import eval_mode
 
 BY_ROW = "by_row"  # the name of `attend_by_row` among transformers' attentions
 
@@ -54,7 +54,7 @@ def let_pack(model: nn.Module, longest: int) -> bool:
         from transformers import AttentionInterface, AttentionMaskInterface  # 4.53 and newer
         from transformers.masking_utils import sdpa_mask
 
-        with evaluating(model):
+        with eval_mode(model):
             one_row, *alone = (model(input_ids=part, use_cache=False).logits for part in (ids, ids[:, :6], ids[:, 6:]))
             expected = torch.cat(alone, dim=1)
             AttentionInterface.register(BY_ROW, attend_by_row)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common import require_package
+from common.support.compat import require_package
 
 LEAST_BITSANDBYTES = {"cpu": (0, 46)}  # the first that quantizes there
 LEAST_BITSANDBYTES_ELSEWHERE = (0, 43)

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
-from common import UserError, cause_of, is_out_of_memory, reason_of
+from common.support.exit import UserError, is_out_of_memory, short_message
+from common.support.model_dir import explain_load_error
 from model.quantization import quantization, require_bitsandbytes
 from model.stored import Stored
 
@@ -45,7 +46,7 @@ def from_files(base: str, stored: Stored, device: torch.device, dtype: Optional[
     except Exception as error:  # each way in which files can be wrong has a type of its own
         if is_out_of_memory(error) or isinstance(error, UserError):
             raise
-        cause = cause_of(error) or f"{reason_of(error)}. Download it again."
+        cause = explain_load_error(error) or f"{short_message(error)}. Download it again."
         raise UserError(f"The model {base} can't be loaded: {cause}") from None
     finally:
         logging.set_verbosity(verbosity)

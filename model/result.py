@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from common import UserError
-from common.model_directory import raw_config, safetensors_files, stored_tensors
+from common.support.exit import UserError
+from common.support.model_dir import raw_config, safetensors_files, stored_tensors
 from common.tokenization import fingerprint, load_tokenizer
 from model.stored import TYPES, Stored
 

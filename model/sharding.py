@@ -17,14 +17,15 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from common import UserError, processes
-from common.model_directory import bytes_of_weights, safetensors_files, stored_tensors
+from common import distributed
+from common.support.exit import UserError
+from common.support.model_dir import bytes_of_weights, safetensors_files, stored_tensors
 from model.loss import CausalLMLoss
 from model.reading import COMPUTED, DTYPE, mismatch
 from model.stored import Stored
 
 
-def load_in_shards(directory: str, stored: Stored, dtype: torch.dtype, accelerator) -> CausalLMLoss:
+def load_in_shards(directory: str, stored: Stored, dtype: torch.dtype, device) -> CausalLMLoss:
     """The model of `directory` with its loss, in `dtype`, a slice of each weight in each process.
 
     Its own forward can't be called, only that of the loss, or of CausalLMLoss.require_causal. UserError where the files
@@ -48,10 +49,10 @@ def load_in_shards(directory: str, stored: Stored, dtype: torch.dtype, accelerat
     setattr(model.config, DTYPE, stored.most or dtype)
     places = _places(model, directory)
     module = CausalLMLoss(model)
-    mesh = init_device_mesh(accelerator.device.type, (processes.count(),))
+    mesh = init_device_mesh(device.torch_device.type, (distributed.world_size(),))
     # gradients are summed in float32, and layers are dropped after the forward pass, the last one too: while a weight
     # is gathered it is no slice, and could be taken for one by whoever saves it
-    policy = MixedPrecisionPolicy(param_dtype=accelerator.dtype, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=device.dtype, reduce_dtype=torch.float32)
     options = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     layers = [layer for layer in model.modules() if type(layer).__name__ in (model._no_split_modules or ())]
@@ -59,8 +60,8 @@ def load_in_shards(directory: str, stored: Stored, dtype: torch.dtype, accelerat
         fully_shard(part, **options)
     fully_shard(module, **options)
     register_fsdp_forward_method(module, "require_causal")
-    computed = {name: buffer.to(accelerator.device) for name, buffer in model.named_buffers()}
-    module.to_empty(device=accelerator.device)
+    computed = {name: buffer.to(device.torch_device) for name, buffer in model.named_buffers()}
+    module.to_empty(device=device.torch_device)
     for name, buffer in computed.items():  # to_empty has emptied them too
         holder, _, own_name = name.rpartition(".")
         model.get_submodule(holder)._buffers[own_name] = buffer
@@ -145,6 +146,6 @@ def _read_slices(model: nn.Module, places: Dict[str, Tuple[Path, str]]) -> None:
             weight.copy_(opened[file].get_tensor(there))
             continue
         own, length = weight.to_local(), weight.shape[0]
-        start = min(length, processes.number() * -(-length // processes.count()))  # as torch.chunk cuts it
+        start = min(length, distributed.rank() * -(-length // distributed.world_size()))  # as torch.chunk cuts it
         if len(own):
             own.copy_(whole[start : start + len(own)])

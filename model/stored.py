@@ -8,8 +8,8 @@ from typing import Dict, NamedTuple, Optional
 import torch
 from torch import nn
 
-from common import UserError
-from common.model_directory import raw_config, stored_tensors
+from common.support.exit import UserError
+from common.support.model_dir import raw_config, stored_tensors
 
 # as safetensors names them
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -9,7 +9,7 @@ from typing import Dict, Iterator, List, NamedTuple, Tuple, Union
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from common import UserError
+from common.support.exit import UserError
 
 
 class Targets(NamedTuple):

@@ -12,9 +12,9 @@ import io
 import json
 from pathlib import Path
 
-from common import UserError
-from common.download import download_model
-from common.files import require_place, written_whole
+from common.support.exit import UserError
+from common.support.files import atomic_write, require_writable
+from common.support.hub import download_model
 from model.configs import CONFIGS
 from model.conventions import LLAMA3_WORDS, NOT_SPECIAL, SENTENCEPIECE, SPECIALS, TOKENIZERS
 
@@ -31,7 +31,7 @@ SMALL = {
 }  # fmt: skip
 
 
-def download_or_stand_in(args, kind: str) -> None:
+def download_or_tiny(args, kind: str) -> None:
     """What a download script does: fetch the model that `args` name, or with --tiny write the stand-in for it."""
     if args.tiny:
         write_tiny(kind, args.save_dir)
@@ -51,8 +51,8 @@ def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
         settings["num_key_value_heads"] = SMALL["num_attention_heads"]  # Llama2 13B shares none
     target = Path(save_dir).resolve()
     _refuse_what_is_not_ours(target)
-    require_place(target, "--save-dir")
-    with written_whole(target, stale=("tokenizer.model",)) as folder:
+    require_writable(target, "--save-dir")
+    with atomic_write(target, stale=("tokenizer.model",)) as folder:
         folder.mkdir()
         tokenizer = _sentencepiece(folder) if TOKENIZERS[kind] is SENTENCEPIECE else _byte_level(kind)
         _save_tokenizer(tokenizer, TOKENIZERS[kind], folder)

@@ -8,7 +8,7 @@ from typing import List, NamedTuple, Optional
 
 import torch
 
-from common import UserError
+from common.support.exit import UserError
 from model.configs import config_of_kind
 from model.counts import Way, config_of
 from model.fit import MOST, OPTIONS, ways

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from common import UserError, processes
-from common.model_directory import safetensors_files, stored_tensors
+from common import distributed
+from common.support.exit import UserError
+from common.support.model_dir import safetensors_files, stored_tensors
 from model.result import require
 from model.stored import TYPES, Stored
 
@@ -33,7 +34,7 @@ class Weight(NamedTuple):
     def gathered(self) -> torch.Tensor:
         """All of it, on the CPU, in the first process; all have to ask."""
         whole = self.tensor.full_tensor() if hasattr(self.tensor, "full_tensor") else self.tensor
-        return whole.detach().to("cpu", self.dtype).contiguous() if processes.is_first() else whole
+        return whole.detach().to("cpu", self.dtype).contiguous() if distributed.is_main_process() else whole
 
 
 def write_gathered(model: nn.Module, directory: Path, stored: Optional[Stored]) -> None:
@@ -47,7 +48,7 @@ def write_gathered(model: nn.Module, directory: Path, stored: Optional[Stored]) 
     problems: List[Exception] = []
 
     def by_first(write: Callable) -> None:
-        if processes.is_first() and not problems:
+        if distributed.is_main_process() and not problems:
             try:
                 write()
             except (OSError, UserError) as error:  # the others gather on: it is told when all have come to the end

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def in_step(step: int, what) -> None:
     """Give what `what` makes of it in the place of each loss of this step."""
-    from common.training import Training
+    from common.trainer import Training
     from model.loss import CausalLMLoss
 
     gradients, forward = Training.gradients, CausalLMLoss.forward
@@ -52,13 +52,10 @@ def no_number(loss):
 if __name__ == "__main__":
     _, process, what, *sys.argv = sys.argv
     sys.path.insert(0, str(ROOT))
-    from common.one_voice import speak_once
-
-    speak_once()  # as the script does at once, before torch is imported
-    from common import accelerator
+    from common import device
     from tests.killed import Counter, kill_at, next_step, nothing, wrap
 
-    accelerator._cpu_has_bf16 = lambda: False
+    device._cpu_has_bf16 = lambda: False
     if process in (os.environ.get("RANK"), "all"):
         first, *others = what.split()
         if first == "word":
@@ -69,7 +66,7 @@ if __name__ == "__main__":
             libc = ctypes.CDLL(None)
             libc["__cxa_atexit"](libc.abort, None, None)
         elif first.isdigit():
-            wrap("common.training:Training.step", next_step, nothing)
+            wrap("common.trainer:Training.step", next_step, nothing)
             kill_at(others[0], Counter(int(first), others[1]))
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

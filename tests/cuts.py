@@ -27,7 +27,7 @@ GOES_ON = re.compile(r"^Continuing from step (\d+) of (\d+): (\S+)$", re.M)
 
 
 def train(warm, folder, words, cut="", ok=True):
-    """Run the training; cut: `SIGNAL PLACE COUNT` of tests/killed.py."""
+    """Run the training; cut: `SIGNAL PLACE positive_int` of tests/killed.py."""
     before = f"{KILLED} {cut} " if cut else ""
     return warm(f"python {before}{TRAIN} {words}", cwd=folder, ok=None if cut else ok)
 

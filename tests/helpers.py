@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 import pytest
 import torch
 
-from common.dataset_check import PARTS, SPLITS, digest_of, digest_of_meta, label_counts
+from common.dataset_file import PARTS, SPLITS, digest_of, digest_of_meta, label_counts
 from tests.conftest import ROOT
 
 # ------------------------------------------------------------------------------------------------ packages

@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def limit_memory(more: int) -> None:
     """While gradients are computed: to what there was at the first of them, and so much more. In float32, as most
     laptops train: to make a product of bfloat16, oneDNN takes memory that no smaller micro-batch saves."""
-    from common import accelerator
-    from common.training import Training
+    from common import device
+    from common.trainer import Training
 
-    accelerator._cpu_has_bf16 = lambda: False
+    device._cpu_has_bf16 = lambda: False
     gradients, limits = Training.gradients, []
 
     def limited(*args):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import transformers
 
-from common.model_directory import require_model
+from common.support.model_dir import require_model
 from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model, save_model

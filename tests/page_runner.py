@@ -311,7 +311,7 @@ class Shell:
             status, shown = terminal.run([sys.executable, *words], lines, cwd, {**env, "PYTHONUTF8": "1"})
             return {"out": shown, "err": "", "status": status % 256}
         if self.cut_after:
-            place = "+common.training:Training.step"
+            place = "+common.trainer:Training.step"
             words = [str(ROOT / "tests" / "killed.py"), str(int(signal.SIGINT)), place, str(self.cut_after), *words]
         try:
             with self.one_script:
@@ -472,13 +472,13 @@ def commands(blocks: List[Block]) -> List[Block]:
 
 # ------------------------------------------------------------------------------------------------ comparing
 
-NUMBER = re.compile(r"(?<![\w.\-])-?(?:\d+(?:\.\d+){2,}|\d+(?:,\d{3})+|\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
+non_negative_float = re.compile(r"(?<![\w.\-])-?(?:\d+(?:\.\d+){2,}|\d+(?:,\d{3})+|\d+(?:\.\d*)?(?:e[+-]?\d+)?)")
 
 
 def pattern_of(line: str) -> str:
     """A regular expression for what may stand in place of a line that a page shows."""
     parts, end = [], 0
-    for number in NUMBER.finditer(line):
+    for number in non_negative_float.finditer(line):
         parts.append(_by_the_letter(line[end : number.start()]))
         whole = "." not in number.group() and "e" not in number.group()
         parts.append(r"-?\d[\d,]*" if whole else r"-?\d+(?:\.[\d.]*(?:e[+-]?\d+)?|e[+-]?\d+)")

@@ -23,12 +23,12 @@ import torch
 
 import model.loading
 import model.writing
-from common import UserError, accelerator, processes
-from common.batching import Batches
-from common.one_voice import speak_once
-from common.training import Training
+from common import device, distributed
+from common.batches import Batches
+from common.support.exit import UserError
+from common.trainer import Training
 
-accelerator._cpu_has_bf16 = lambda: False
+device._cpu_has_bf16 = lambda: False
 case: dict = {}
 seen: dict = {}
 rows_of_now: list = []
@@ -66,11 +66,11 @@ def gradients(self, *args, real=Training.gradients):
 def write_whole(tensors, name):
     whole = {key: tensor.detach() for key, tensor in tensors}
     whole = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in whole.items()}
-    torch.save({key: tensor.clone() for key, tensor in whole.items()}, f"{case['name']}/{name}-{processes.number()}.pt")
+    torch.save({key: tensor.clone() for key, tensor in whole.items()}, f"{case['name']}/{name}-{distributed.rank()}.pt")
 
 
 def load(*args, real=model.loading.load_to_train):
-    torch.rand(processes.number())  # the others stand elsewhere in their random numbers: a new adapter must not differ
+    torch.rand(distributed.rank())  # the others stand elsewhere in their random numbers: a new adapter must not differ
     module = real(*args)
     write_whole((*module.named_parameters(), *module.named_buffers()), "loaded")
     return module
@@ -84,7 +84,6 @@ def save(module, *args, real=model.loading.save_model, **options):
 Batches.of, Batches._padded, Batches._packed, Training.gradients = of, padded, packed, gradients
 model.loading.load_to_train, model.loading.save_model = load, save
 if __name__ == "__main__":
-    speak_once()
     for one in json.loads(Path(sys.argv[1]).read_text()):
         case.clear()
         case.update(one)
@@ -94,7 +93,7 @@ if __name__ == "__main__":
         script, *words = one["words"].split()
         sys.argv = [str(ROOT / script), *words, "--save-dir", f"{one['name']}/saved"]
         try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            runpy.run_path(sys.argv[0])["main"]()
         except UserError as error:
             seen["error"] = str(error)
-        Path(one["name"], f"seen-{processes.number()}.json").write_text(json.dumps(seen))
+        Path(one["name"], f"seen-{distributed.rank()}.json").write_text(json.dumps(seen))

@@ -16,15 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import UserError
-from common.accelerator import start_accelerator
-from common.batching import Batches
-from common.checkpoints import Checkpoints
-from common.dataset_cache import load_dataset, prepare_dataset
-from common.model_directory import adapter_facts, base_of, require_adapter, require_model
-from common.optimizer import make_optimizer
+from common.batches import Batches
+from common.checkpoint import Checkpoints
+from common.dataset_file import load_dataset, prepare_dataset
+from common.device import start_device
+from common.optim import make_optimizer
+from common.support.exit import UserError
+from common.support.model_dir import adapter_facts, base_of, require_adapter, require_model
 from common.tokenization import load_tokenizer
-from common.training import train
+from common.trainer import train
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
 from model.generation import answer_ids
@@ -66,11 +66,11 @@ def lora(model_dir, tmp_path, **changed):
     return options(tmp_path, **{**values, **changed})
 
 
-def adapted(args, accelerator=CPU):
+def adapted(args, device=CPU):
     """The model of `args` with its adapter and its loss, as if it had learned: a new one's B is zero, and so is all it
     adds."""
     torch.manual_seed(args.seed)
-    module = load_to_train(args, accelerator)
+    module = load_to_train(args, device)
     generator = torch.Generator().manual_seed(1)
     for name, weight in module.named_parameters():
         if "lora_B" in name:
@@ -109,10 +109,10 @@ def adapter_weights(model):
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name}
 
 
-def gradients(model, accelerator=CPU):
+def gradients(model, device=CPU):
     """Of the trainable weights, by the model's own forward."""
     model.train()
-    with accelerator.autocast():
+    with device.autocast():
         model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
     model.zero_grad(set_to_none=True)
@@ -148,15 +148,13 @@ def test_only_the_adapters_weights_change_and_the_base_stays_bit_for_bit(bits, k
     assert len(changed) == len(adapter) and not [name for name in adapter if torch.equal(adapter[name], changed[name])]
 
 
-@pytest.mark.parametrize(
-    "accelerator", [CPU, BF16, pytest.param(FP16, marks=needs_float16)], ids=lambda a: str(a.dtype)[6:]
-)
+@pytest.mark.parametrize("device", [CPU, BF16, pytest.param(FP16, marks=needs_float16)], ids=lambda a: str(a.dtype)[6:])
 @pytest.mark.parametrize("bits", [WHOLE, FOUR, EIGHT])
-def test_an_adapters_weights_are_float32_on_a_base_in_any_type(bits, accelerator, directory, tmp_path):
-    model = adapted(lora(directory("llama3"), tmp_path, bits=bits), accelerator)
+def test_an_adapters_weights_are_float32_on_a_base_in_any_type(bits, device, directory, tmp_path):
+    model = adapted(lora(directory("llama3"), tmp_path, bits=bits), device)
     assert {weight.dtype for weight in adapter_weights(model).values()} == {torch.float32}
     norms = [weight for name, weight in model.named_parameters() if "norm" in name]
-    assert {weight.dtype for weight in norms} == {accelerator.dtype}
+    assert {weight.dtype for weight in norms} == {device.dtype}
     assert not [name for name, weight in model.named_parameters() if weight.requires_grad != ("lora_" in name)]
 
 
@@ -203,11 +201,11 @@ def test_a_quantized_base_answers_nearly_as_the_whole_one(kind, directory):
 
 @needs_bitsandbytes
 def test_a_4_bit_base_is_nf4_with_double_quantization_and_products_in_the_devices_type(directory):
-    for accelerator in (CPU, BF16):
-        model = load_model(directory("llama3"), accelerator.device, accelerator.dtype, 4)
+    for device in (CPU, BF16):
+        model = load_model(directory("llama3"), device.torch_device, device.dtype, 4)
         layer = model.model.layers[0].self_attn.q_proj
         state = layer.weight.quant_state
-        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, accelerator.dtype)
+        assert (state.quant_type, state.nested, layer.compute_dtype) == ("nf4", True, device.dtype)
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(directory, tmp_path):
@@ -233,15 +231,15 @@ def korean(directory, tmp_path_factory):
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("accelerator", [BF16, FP16], ids=lambda a: str(a.dtype)[6:])
-def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(accelerator, directory, korean, tmp_path):
+@pytest.mark.parametrize("device", [BF16, FP16], ids=lambda a: str(a.dtype)[6:])
+def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(device, directory, korean, tmp_path):
     changed = {"max_train_steps": 24, "lora_r": 16, "lora_alpha": 16, "log_interval": 8}
     args = lora(directory("llama3"), tmp_path, bits=4, **changed)
     dataset = load_dataset(korean, load_tokenizer(directory("llama3")), 96)
     torch.manual_seed(0)
-    model = load_to_train(args, accelerator)
+    model = load_to_train(args, device)
     model.network.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
-    train(model, make_optimizer(model, args, accelerator), dataset, args, accelerator, Checkpoints(args))
+    train(model, make_optimizer(model, args, device), dataset, args, device, Checkpoints(args))
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     before, after = (record["held_out_loss"] for record in log if "held_out_loss" in record)
     first, *_, last = (record["loss"] for record in log if "loss" in record)
@@ -498,7 +496,7 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
     folder, tokenizer = saved("llama3"), load_tokenizer(directory("llama3"))
     words = f"--model-name-or-path {folder} --dataset-name-or-path {korean} --rows 2 --max-new-tokens 12"
     said = warm(f"python {ROOT}/tutorial/compare_adapter.py {words}", cwd=tmp_path, env={"COLUMNS": "120"}).stdout
-    rows, dtype = load_dataset(korean, tokenizer)["validation"], start_accelerator(0).dtype
+    rows, dtype = load_dataset(korean, tokenizer)["validation"], start_device(0).dtype
     prompts, found = [], {"Base": [], "Adapter": [], "Answer in the data": []}
     for row in range(2):
         ids, start = rows["input_ids"][row * 96 : row * 96 + 96].tolist(), answer_start(rows, row)

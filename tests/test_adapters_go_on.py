@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from common.model_directory import base_of
+from common.support.model_dir import base_of
 from common.tokenization import load_tokenizer
 from tests.helpers import adapter_weights, needs_bitsandbytes, records, refusal, rows_of, tells
 from tests.test_card import read
@@ -201,7 +201,7 @@ CUT = """
 import runpy, sys
 sys.path.insert(0, ".")
 from common import UserError
-from common.training import Training
+from common.trainer import Training
 step = Training.step
 def cut(self):
     if self.state.step == 3:

@@ -13,9 +13,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-import common.telling
-from common import UserError
+import common.train_log
 from common.conversation import chat
+from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import alpaca
@@ -175,8 +175,8 @@ def test_what_is_cut_is_told(trained, tmp_path, warm):
 
 
 def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
-    monkeypatch.setattr(common.telling, "SECONDS", 0)
-    assert list(common.telling.told([[1, 2], [3]], len, "answers", 10, 7)) == [[1, 2], [3]]
+    monkeypatch.setattr(common.train_log, "SECONDS", 0)
+    assert list(common.train_log.with_progress([[1, 2], [3]], len, "answers", 10, 7)) == [[1, 2], [3]]
     told = capsys.readouterr().out.splitlines()
     assert [re.sub(r"[\d.]+ rows/s", "", line) for line in told] == [
         "answers: 9 rows of 10, 0 minutes left, ",

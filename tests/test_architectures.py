@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from common import UserError
-from common.model_directory import stored_tensors
+from common.support.exit import UserError
+from common.support.model_dir import stored_tensors
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
 from model.adapters import add_lora, load_adapter, save_adapter

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import UserError
-from common.model_directory import require_adapter, require_model
+from common.support.exit import UserError
+from common.support.model_dir import require_adapter, require_model
 from model.loading import load_model
 from model.tiny import write_tiny
 from tests.helpers import INFERENCE, TRAIN, change_dataset, no_rows, refusal

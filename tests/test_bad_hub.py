@@ -26,7 +26,11 @@ def hub(base):
         for split in ("train", "validation", "test"):
             configs += [f"  - split: {split}", f"    path: {config}/{split}-*"]
     news = {"README.md": "\n".join([*configs, "---", "# News"]).encode()}
-    for split, rows in (("train", rows_of("train")), ("validation", rows_of("validation")), ("test", rows_of("train"))):
+    for split, rows in (
+        ("train", rows_of("train")),
+        ("validation", rows_of("validation")),
+        ("test", rows_of("train")),
+    ):
         news[f"3.0.0/{split}-00000-of-00001.parquet"] = parquet([{**row, "id": "x"} for row in rows])
         news[f"1.0.0/{split}-00000-of-00001.parquet"] = parquet([{"article": "old", "highlights": "old", "id": "x"}])
     sizes = {"meta-llama/Meta-Llama-3-70B": {"model.safetensors": 10**18}}

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from common import UserError
-from common.arguments import train_arguments
+from common.support.cli import train_arguments
+from common.support.exit import UserError
 from tests.conftest import run
 from tests.helpers import DOWNLOAD, INFERENCE, PREPARE, SAMPLE, SCRIPTS, TRAIN, contents, refusal, tells
 

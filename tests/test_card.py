@@ -14,9 +14,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from common.origin import origin_of, write_origin
+from common.support.model_dir import read_origin, write_origin
 from common.tokenization import encode_prompt, load_tokenizer
-from common.training import Training
+from common.trainer import Training
 from dataset.sources import load_splits
 from dataset.templates import summarization
 from model.generation import answer_ids
@@ -197,15 +197,15 @@ def test_a_chat_models_card_asks_by_its_template(ready, warm):
 
 
 def test_where_a_model_came_from(tmp_path):
-    assert origin_of(str(tmp_path)) == {} and origin_of("./here") == {} and origin_of("one/two/three") == {}
-    assert origin_of("owner/name") == {"name": "owner/name"}
+    assert read_origin(str(tmp_path)) == {} and read_origin("./here") == {} and read_origin("one/two/three") == {}
+    assert read_origin("owner/name") == {"name": "owner/name"}
     write_origin(str(tmp_path), "owner/name", "revision 1")
-    assert origin_of(str(tmp_path)) == {"name": "owner/name", "revision": "revision 1"}
+    assert read_origin(str(tmp_path)) == {"name": "owner/name", "revision": "revision 1"}
     (tmp_path / "model.safetensors").write_bytes(b"others")
-    assert origin_of(str(tmp_path)) == {}
+    assert read_origin(str(tmp_path)) == {}
     for text in ("[1", "[1]", "1", "{}", '{"weights": 3}'):
         (tmp_path / ".cache" / "huggingface" / "origin.json").write_text(text)
-        assert origin_of(str(tmp_path)) == {}
+        assert read_origin(str(tmp_path)) == {}
 
 
 @pytest.mark.parametrize("best", [True, False])

@@ -12,11 +12,11 @@ from itertools import groupby
 
 import pytest
 
-from common import UserError
 from common.chat import Chat, chat_of
 from common.chat_rows import encode_conversations, encode_question
 from common.conversation import chat, checked
-from common.dataset_cache import ends_of
+from common.dataset_file import stop_token_ids
+from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from dataset.files import Row
 from model.tiny import write_tiny
@@ -382,8 +382,8 @@ def test_the_token_that_ends_a_turn_is_found(name, with_template):
     tokenizer = with_template(name)
     end = tokenizer.convert_tokens_to_ids(END[TEMPLATES[name][0]])
     assert chat_of(tokenizer).end_of_turn() == end
-    assert ends_of({"end_of_turn": end}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
-    assert ends_of({}, tokenizer) == [tokenizer.eos_token_id]
+    assert stop_token_ids({"end_of_turn": end}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
+    assert stop_token_ids({}, tokenizer) == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "<|no_token|>", "<|im_start|>x"])

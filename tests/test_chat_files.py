@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from common.dataset_cache import held_out_questions
+from common.dataset_file import held_out_prompts
 from common.tokenization import load_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import contents, parquet, tells
@@ -123,7 +123,7 @@ def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):
     tokenizer = give_template(ready)
     write(ready / "talks.jsonl", [{"messages": [*messages, *talk("고마워.")]} for messages in TALKS])
     warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready)
-    questions = held_out_questions(torch.load(ready / "new.pt"), "new.pt", tokenizer, 9)
+    questions = held_out_prompts(torch.load(ready / "new.pt"), "new.pt", tokenizer, 9)
     assert len(questions) == 2
     for (prompt, answer), number in zip(questions, (19, 39)):
         assert prompt == by_library(tokenizer, TALKS[number][:-1], add_generation_prompt=True)

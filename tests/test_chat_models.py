@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from common.dataset_cache import held_out_questions
+from common.dataset_file import held_out_prompts
 from common.tokenization import load_tokenizer
 from tests import terminal
 from tests.conftest import environment, lay_out
@@ -119,7 +119,7 @@ def test_scripts_that_ask_in_another_format_refuse_and_name_the_one_that_can(mem
 
 def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memorized, warm):
     tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
-    (prompt, reference), *_ = held_out_questions(dataset, "it", tokenizer, 2)
+    (prompt, reference), *_ = held_out_prompts(dataset, "it", tokenizer, 2)
     text = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
     assert (tokenizer.decode(prompt), reference) == (text, "비가 와요.")
     pytest.importorskip("sacrebleu")
@@ -136,19 +136,19 @@ def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memori
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_answers_of_a_chat_end_by_themselves(ends, memorized):
-    from common.accelerator import start_accelerator
-    from common.batching import Batches
-    from common.dataset_cache import ends_of
+    from common.batches import Batches
+    from common.dataset_file import stop_token_ids
+    from common.device import start_device
     from model.generation import answer_ids, perplexity_and_answers
     from model.loading import load_model
 
-    accelerator = start_accelerator(0)
+    device = start_device(0)
     tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
-    prompts = [prompt for prompt, _ in held_out_questions(dataset, "it", tokenizer, 2)]
-    model = load_model(str(memorized / "chat"), accelerator.device)
+    prompts = [prompt for prompt, _ in held_out_prompts(dataset, "it", tokenizer, 2)]
+    model = load_model(str(memorized / "chat"), device.torch_device)
     batches = Batches(dataset["validation"], 2, 1024)
-    known = ends_of(dataset["meta"], tokenizer) if ends else []
-    _, answers = perplexity_and_answers(model, tokenizer, batches, prompts, 20, accelerator, "asked", known)
+    known = stop_token_ids(dataset["meta"], tokenizer) if ends else []
+    _, answers = perplexity_and_answers(model, tokenizer, batches, prompts, 20, device, "asked", known)
     assert [ended for _, ended in answers] == [ends, ends]
     assert [text == "비가 와요." for text, _ in answers] == [ends, ends]
     (one, _) = answer_ids(model, tokenizer, prompts, 20, known)

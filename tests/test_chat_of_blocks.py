@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import UserError
 from common.chat import Chat
 from common.chat_of_blocks import chat_of_blocks
 from common.chat_rows import encode_conversations
 from common.conversation import chat
-from common.dataset_cache import load_dataset
+from common.dataset_file import load_dataset
+from common.support.exit import UserError
 from common.tokenization import Example, encode_prompt, load_tokenizer
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.result import save_tokenizer

@@ -17,7 +17,7 @@ import peft  # noqa: F401  bitsandbytes can't be imported while torch believes i
 import pytest
 import torch
 
-from common.download import ask_hub
+from common.support.hub import ask_hub
 from model.counts import can_count
 from model.tutorials import TUTORIALS as ALL
 from model.tutorials import Machine, way_to_run
@@ -184,7 +184,7 @@ def refuse(*_):
 torch.moreh = sys.modules["torch.moreh"] = types.ModuleType("torch.moreh")
 torch.moreh.option = types.SimpleNamespace(enable_advanced_parallelization=lambda: print("parallel"))
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
-torch.cuda.get_device_name = lambda *_: "MoAI Accelerator"
+torch.cuda.get_device_name = lambda *_: "MoAI Device"
 torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(total_memory=512 * 2**30)
 torch.cuda.mem_get_info = torch.cuda.utilization = refuse
 """
@@ -245,12 +245,12 @@ def test_moai_platform(folder, tmp_path, capsys):
     found = json.loads(run(f"{COMMAND} --json", cwd=folder, env=env).stdout)
     assert (found["platform"], found["precision"]) == ("MoAI", "bfloat16")
     values = {"memory_used": None, "memory_total": 512 * 2**30, "utilization": None}
-    assert found["devices"] == [{"name": "MoAI Accelerator", **values}]
+    assert found["devices"] == [{"name": "MoAI Device", **values}]
     assert {row["method"] for row in found["tutorials"]} == {"full", "lora"}
     check.show(found)
     shown = capsys.readouterr().out
     assert "Monitor    moreh-smi, " in shown and "nvidia-smi" not in shown
-    assert re.search(r"^0: MoAI Accelerator +- +549\.8 GB +- *$", shown, re.MULTILINE)
+    assert re.search(r"^0: MoAI Device +- +549\.8 GB +- *$", shown, re.MULTILINE)
     assert "  python tutorial/train_llama2.py\n" in shown
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from common import UserError
-from common.accelerator import Accelerator
-from common.checkpoints import Checkpoints
-from common.dataset_check import digest_of_meta
-from common.optimizer import make_optimizer
+from common.checkpoint import Checkpoints
+from common.dataset_file import digest_of_meta
+from common.device import Device
+from common.optim import make_optimizer
+from common.support.exit import UserError
 from tests.conftest import ROOT, start
 from tests.cuts import (
     KINDS,
@@ -56,10 +56,10 @@ PHASES = {
     "before-the-first-checkpoint": ("-torch:Tensor.backward 2.2", 0, []),
     "in-a-micro-batch": ("-torch:Tensor.backward 5.2", 4, [4]),
     "in-a-micro-batch-of-the-second-epoch": ("-torch:Tensor.backward 4.2", 2, [2]),
-    "before-the-optimizer's-step": ("+common.finite:Finite.look 5.1", 4, [4]),
-    "after-the-optimizer's-step": ("-common.accelerator:Accelerator.random_states 5.1", 4, [4]),
-    "in-the-held-out-loss": ("-common.losses:forward 6.5", 4, [4]),
-    "between-the-log-lines": ("-common.progress:TrainingLog.held_out_loss 6.1", 4, [4]),
+    "before-the-optimizer's-step": ("+common.trainer:Finite.look 5.1", 4, [4]),
+    "after-the-optimizer's-step": ("-common.device:Device.random_states 5.1", 4, [4]),
+    "in-the-held-out-loss": ("-common.trainer:forward 6.5", 4, [4]),
+    "between-the-log-lines": ("-common.train_log:TrainingLog.held_out_loss 6.1", 4, [4]),
     "between-a-checkpoint's-parts": ("open:checkpoint.json 4.1", 2, [2]),
     "before-the-rename": ("os.rename:checkpoint-4 4.1", 2, [2]),
     "after-the-rename": ("shutil.rmtree:checkpoint-4 4.1", 4, [2, 4]),
@@ -68,8 +68,8 @@ PHASES = {
     "in-the-last-step's-checkpoint": ("open:checkpoint.json 7.1", 6, [6]),
     "before-the-model-is-saved": ("-model.loading:save_model 1", 7, [7]),
     "when-the-model-is-written": ("open:/run.json 7.1", 7, [7]),
-    "before-the-model-takes-its-place": ("-common.files:_exchange 7.1", 7, [7]),
-    "after-the-model-has-taken-its-place": ("+common.files:_exchange 7.1", 0, []),
+    "before-the-model-takes-its-place": ("-common.support.files:_exchange 7.1", 7, [7]),
+    "after-the-model-has-taken-its-place": ("+common.support.files:_exchange 7.1", 0, []),
 }
 if BY_PARTS:
     PHASES["while-tensors-are-written"] = ("-torch.distributed.checkpoint.filesystem:_write_item 4.9", 2, [2])
@@ -116,9 +116,9 @@ TELLS_ITS_STATES = """
 import atexit, runpy, sys
 sys.path.insert(0, {root!r})
 sys.path.insert(0, {root!r} + "/tutorial")
-import common.optimizer, common.checkpoints
+import common.optim, common.checkpoint
 
-real = common.optimizer.set_state
+real = common.optim.set_state
 
 
 def looked(optimizer, model, state):
@@ -128,7 +128,7 @@ def looked(optimizer, model, state):
     print("states:", type(optimizer).__name__, sorted(types))
 
 
-common.optimizer.set_state = looked
+common.optim.set_state = looked
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -196,8 +196,8 @@ def stopped(done, number, step):
 
 STOPS = {
     "in-a-micro-batch": ("-torch:Tensor.backward 6.2", 5),
-    "after-the-optimizer's-step": ("-common.accelerator:Accelerator.random_states 5.1", 5),
-    "in-the-held-out-loss": ("-common.losses:forward 4.5", 4),
+    "after-the-optimizer's-step": ("-common.device:Device.random_states 5.1", 5),
+    "in-the-held-out-loss": ("-common.trainer:forward 4.5", 4),
 }
 
 
@@ -232,7 +232,7 @@ def test_stopped_while_a_checkpoint_is_written(number, small, warm, never_cut):
 
 def test_stopped_before_the_first_step(small, warm):
     """In the held-out loss of the untrained model."""
-    done = train(warm, small, FULL, cut="15 -common.losses:forward 2")
+    done = train(warm, small, FULL, cut="15 -common.trainer:forward 2")
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == "Stopped, and nothing is kept. Run the same command to start again."
     assert not checkpoints(small) and not scratch(small)
@@ -240,9 +240,9 @@ def test_stopped_before_the_first_step(small, warm):
 
 def test_stopped_again_before_the_next_step(small, warm, never_cut):
     """A run that has just gone on, in the held-out loss that the first one had dropped: nothing is written twice."""
-    stopped(train(warm, small, KINDS["full"], cut="15 -common.losses:forward 4.5"), signal.SIGTERM, 4)
+    stopped(train(warm, small, KINDS["full"], cut="15 -common.trainer:forward 4.5"), signal.SIGTERM, 4)
     before = contents(small / SAVED / "checkpoint-4")
-    again = train(warm, small, KINDS["full"], cut="15 -common.losses:forward 1")
+    again = train(warm, small, KINDS["full"], cut="15 -common.trainer:forward 1")
     stopped(again, signal.SIGTERM, 4)
     assert went_on(again) == 4 and contents(small / SAVED / "checkpoint-4") == before
     train(warm, small, KINDS["full"])
@@ -327,18 +327,18 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written(place, small, warm, nev
 @needs_float16
 def test_the_scaler_goes_on_as_it_was(tmp_path, monkeypatch):
     """float16, whose scale halves at an overflow and doubles after a while: both numbers are restored."""
-    accelerator = Accelerator(torch.device("cpu"), "test", torch.float16, False)
+    device = Device(torch.device("cpu"), "test", torch.float16, False)
 
     def begun(scaler):
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
         args = argparse.Namespace(**OPTIONS, save_dir=str(tmp_path / "out"))
         holder = opened(args)
-        optimizer = make_optimizer(model, args, accelerator)
-        return holder, holder.begin(model, optimizer, scaler, accelerator, 9, "digest"), model, optimizer
+        optimizer = make_optimizer(model, args, device)
+        return holder, holder.begin(model, optimizer, scaler, device, 9, "digest"), model, optimizer
 
     first = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**20, growth_interval=3)
-    assert type(accelerator.gradient_scaler()) is type(first) and accelerator.gradient_scaler().is_enabled()
+    assert type(device.gradient_scaler()) is type(first) and device.gradient_scaler().is_enabled()
     holder, state, model, optimizer = begun(first)
     for factor in (1.0, 1e38, 1.0, 1.0):  # the second one overflows
         first.scale(model(torch.ones(2, 4)).sum() * factor).backward()
@@ -365,10 +365,10 @@ def test_a_checkpoint_before_the_optimizer_has_stepped_changes_nothing(tmp_path)
         torch.manual_seed(0)
         model = nn.Linear(4, 4)
         args = argparse.Namespace(**OPTIONS, save_dir=str(tmp_path / str(writes)))
-        accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, False)
+        device = Device(torch.device("cpu"), "test", torch.float32, False)
         holder = opened(args)
-        optimizer, scaler = make_optimizer(model, args, accelerator), accelerator.gradient_scaler()
-        state = holder.begin(model, optimizer, scaler, accelerator, 9, "digest")
+        optimizer, scaler = make_optimizer(model, args, device), device.gradient_scaler()
+        state = holder.begin(model, optimizer, scaler, device, 9, "digest")
         state.step = 1  # which was left out
         assert not writes or holder.write(state, None)
         closed(holder)
@@ -383,13 +383,13 @@ def test_a_checkpoint_before_the_optimizer_has_stepped_changes_nothing(tmp_path)
 @pytest.mark.parametrize("given, tokens", [(384, 96), (200, 200)])
 def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens, tmp_path):
     """The memory was too small for those of the option; given another number, that one is taken."""
-    accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, False)
+    device = Device(torch.device("cpu"), "test", torch.float32, False)
 
     def begun(micro_batch_tokens):
         values = {**OPTIONS, "micro_batch_tokens": micro_batch_tokens, "save_dir": str(tmp_path / "out")}
         holder, model = opened(argparse.Namespace(**values)), nn.Linear(4, 4)
-        optimizer = make_optimizer(model, holder.args, accelerator)
-        return holder, holder.begin(model, optimizer, accelerator.gradient_scaler(), accelerator, 9, "digest")
+        optimizer = make_optimizer(model, holder.args, device)
+        return holder, holder.begin(model, optimizer, device.gradient_scaler(), device, 9, "digest")
 
     holder, state = begun(384)
     assert state.micro_batch_tokens == 384
@@ -568,7 +568,7 @@ def test_what_killed_runs_have_left_is_removed_at_the_next_start(small, warm):
     for directory in ours + theirs:
         directory.mkdir(parents=True)
         (directory / "file").write_text("")
-    killed(train(warm, small, FULL, cut="9 -common.accelerator:start_accelerator 1"))
+    killed(train(warm, small, FULL, cut="9 -common.device:start_device 1"))
     assert not [path for path in ours if path.exists()] and all(path.exists() for path in theirs)
 
 
@@ -576,7 +576,7 @@ def test_a_run_within_the_directory_of_another_one_leaves_its_scratch(small, war
     """--save-dir runs, and beside it --save-dir runs/second: the first one is writing a checkpoint."""
     under_way = small / "runs" / ".checkpoint-2.abcdefgh"
     under_way.mkdir(parents=True)
-    train(warm, small, f"{FULL} --save-dir runs/second", cut="9 -common.accelerator:start_accelerator 1")
+    train(warm, small, f"{FULL} --save-dir runs/second", cut="9 -common.device:start_device 1")
     assert under_way.is_dir()
 
 

@@ -10,10 +10,10 @@ from datetime import date
 import pytest
 import torch
 
-from common import UserError
 from common.columns import applied, renamed, require_asked
-from common.dataset_check import label_counts
+from common.dataset_file import label_counts
 from common.preparation import Encoder
+from common.support.exit import UserError
 from common.tokenization import Example, encode_rows
 from dataset.files import FileRows, Row
 from dataset.sources import load_splits
@@ -209,7 +209,7 @@ def test_a_template_takes_text_out_of_a_list(tmp_path, tokenizers):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("answer", ["a", " a", "\u200b", "\x00", "\u00ad", "\ufe0f", "👍", "\n.\n"])
 def test_every_row_has_a_token_with_a_loss(kind, answer, tokenizers):
-    """Whatever the answer is, and where there is no prompt at all: as common.dataset_check wants it."""
+    """Whatever the answer is, and where there is no prompt at all: as common.dataset_file wants it."""
     for pieces in ([], [""], ["", ""], ["Q: ", "x" * 300, "\n"]):
         for block_size in (2, 3, 64):
             encoder = Encoder(lambda row, pieces=pieces: Example(pieces, row["a"]), tokenizers[kind], block_size, {})
@@ -284,10 +284,10 @@ def test_no_more_than_needed_is_read_for_the_held_out_rows():
 
 def test_how_long_it_takes_is_said_without_a_terminal(tmp_path, monkeypatch, capsys, tokenizers):
     import common.preparation
-    import common.telling
+    import common.train_log
 
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 1000)
-    monkeypatch.setattr(common.telling, "SECONDS", 0)
+    monkeypatch.setattr(common.train_log, "SECONDS", 0)
     encoder = Encoder(instruction, tokenizers["smollm2"], 64, {})
     list(common.preparation.encoded_chunks("train", FileRows(tmp_path / "a.jsonl"), encoder))
     assert capsys.readouterr().out.startswith("train: 250 rows of 1000, 0 minutes left, ")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from common.model_directory import stored_tensors
+from common.support.model_dir import stored_tensors
 from tests.conftest import ROOT, lay_out
 from tests.helpers import tells
 
@@ -86,7 +86,7 @@ def test_bins_become_safetensors_and_do_not_come_again(folder, warm, hub, on_hub
     [
         f"open:{SHARDS[1]} 1",
         f"os.rename:{SHARDS[1]} 1",
-        "+common.files:flush 4",
+        "+common.support.files:flush 4",
         "os.rename:model.safetensors.index 1",
     ],
 )

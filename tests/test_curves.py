@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from common.curves import PLACE
+from common.train_log import PLACE
 from tests.conftest import ROOT, run
 from tests.cuts import SAVED, SHORT, TRAIN, checkpoints, killed, train, went_on
 from tests.helpers import contents, records, tells, weights

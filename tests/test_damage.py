@@ -10,9 +10,8 @@ import random
 import pytest
 import torch
 
-from common import UserError
-from common.dataset_cache import load_dataset
-from common.dataset_check import PARTS
+from common.dataset_file import PARTS, load_dataset
+from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from tests.helpers import sign
 

@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError
-from common.batching import Batches
-from common.dataset_cache import held_out_questions, load_dataset, prepare_dataset
-from common.dataset_check import PARTS
+from common.batches import Batches
+from common.dataset_file import PARTS, held_out_prompts, load_dataset, prepare_dataset
 from common.preparation import ROWS_AT_ONCE, ROWS_FOR_ONE, Encoder, encoded_chunks
+from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from dataset.sources import HOLD_OUT_AT_MOST, load_splits
 from dataset.standard_library import standard_library_splits
@@ -128,8 +127,8 @@ def test_rows_are_read_a_chunk_at_a_time(prepared):
 def test_held_out_questions_are_the_first_held_out_rows(prepared):
     tokenizer, path = prepared
     dataset = load_dataset(str(path), tokenizer)
-    questions = held_out_questions(dataset, str(path), tokenizer, 3)
-    assert len(questions) == 3 and len(held_out_questions(dataset, str(path), tokenizer, 1000)) == 16
+    questions = held_out_prompts(dataset, str(path), tokenizer, 3)
+    assert len(questions) == 3 and len(held_out_prompts(dataset, str(path), tokenizer, 1000)) == 16
     rows = [json.loads(line) for line in open(SAMPLES / "cnn_dailymail" / "validation.jsonl", encoding="utf-8")]
     for (prompt, reference), row in zip(questions, rows):
         text = tokenizer.decode(prompt, skip_special_tokens=True)
@@ -137,7 +136,7 @@ def test_held_out_questions_are_the_first_held_out_rows(prepared):
         assert reference == row["highlights"].strip()
     empty = {name: tensor[: name == "offsets"] for name, tensor in dataset["validation"].items()}
     with pytest.raises(UserError, match="no held-out rows"):
-        held_out_questions({**dataset, "validation": empty}, str(path), tokenizer, 3)
+        held_out_prompts({**dataset, "validation": empty}, str(path), tokenizer, 3)
 
 
 def test_loading_checks_tokenizer_and_block(prepared, tmp_path):

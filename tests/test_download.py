@@ -17,14 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
-from common.model_directory import check_weights
+from common.support.exit import UserError
+from common.support.model_dir import check_weights
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
-    "from common.download import download_model; download_model(*sys.argv[1:])"
+    "from common.support.hub import download_model; download_model(*sys.argv[1:])"
 )
 TOKEN, OTHER = "hf_of_an_account_with_the_licence", "hf_of_an_account_without"
 REPO, GATED = "org/model", "org/gated"

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from common.batching import Batches
+from common.batches import Batches
 from common.tokenization import load_tokenizer
 from dataset.scores import chrf_score, code_score, rouge_score, score_of
 from model.generation import perplexity_and_answers

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from common import UserError
-from common.files import require_place, require_room, written_whole
+from common.support.exit import UserError
+from common.support.files import atomic_write, require_disk_space, require_writable
 from tests.conftest import ROOT
 
 # A process that writes is killed at each line of common/files.py in turn, by fork, and what it leaves is looked at.
@@ -45,7 +45,7 @@ def begin():
 
 
 def write():
-    with files.written_whole(target, stale=("of the old*",)) as new:
+    with files.atomic_write(target, stale=("of the old*",)) as new:
         if what == "file":
             new.write_text("new")
         else:
@@ -124,7 +124,7 @@ def test_an_error_inside_changes_nothing_and_leaves_nothing(error, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("old")
     for target in (tmp_path / "model", tmp_path / "new" / "deep" / "file.pt"):
-        with pytest.raises(error), written_whole(target) as new:
+        with pytest.raises(error), atomic_write(target) as new:
             (new.parent / "scratch").write_text("bytes")
             new.write_text("half") if target.suffix else new.mkdir()
             raise error("stopped")
@@ -143,7 +143,7 @@ def test_what_stays_is_the_same_file_open_or_not(tmp_path):
     with open(target / "log", "a", encoding="utf-8") as log:
         log.write("one\n")
         log.flush()
-        with written_whole(target) as new:
+        with atomic_write(target) as new:
             new.mkdir()
             (new / "weights").write_text("new")
         log.write("two\n")
@@ -155,9 +155,9 @@ def test_what_stays_is_the_same_file_open_or_not(tmp_path):
 def test_it_goes_through_a_link_and_makes_the_directories_above(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
-    with written_whole(tmp_path / "out" / "a" / "b.json") as new:
+    with atomic_write(tmp_path / "out" / "a" / "b.json") as new:
         new.write_text("{}")
-    with written_whole(tmp_path / "out") as new:
+    with atomic_write(tmp_path / "out") as new:
         new.mkdir()
         (new / "c").write_text("c")
     assert (tmp_path / "out").is_symlink()
@@ -171,7 +171,7 @@ def test_a_directory_that_can_only_be_written_inside(tmp_path, monkeypatch):
     (target / "config.json").write_text("old")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path) and access(path, mode))
-    with written_whole(target, stale=("config.json",)) as new:
+    with atomic_write(target, stale=("config.json",)) as new:
         new.mkdir()
         (new / "config.json").write_text("new")
         assert target in new.parents
@@ -184,7 +184,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypat
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: events.append("flush") or fsync(handle))
     monkeypatch.setattr(os, "replace", lambda one, other: events.append("replace") or replace(one, other))
-    with written_whole(tmp_path / "file.json") as new:
+    with atomic_write(tmp_path / "file.json") as new:
         new.write_text("{}")
     assert events == ["flush", "replace", "flush"]
 
@@ -192,8 +192,8 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypat
 def test_a_place_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=f"{tmp_path}/file is a file, so nothing can be saved in .*--save-dir"):
-        require_place(tmp_path / "file" / "below", "--save-dir")
+        require_writable(tmp_path / "file" / "below", "--save-dir")
     with pytest.raises(UserError, match=r"The model takes \d+\.\d GB in .*, and that disk has \d+\.\d GB free"):
-        require_room(10**18, tmp_path / "not" / "there", "The model")
-    require_place(tmp_path / "not" / "there", "--save-dir")
-    require_room(1, tmp_path / "not" / "there", "The model")
+        require_disk_space(10**18, tmp_path / "not" / "there", "The model")
+    require_writable(tmp_path / "not" / "there", "--save-dir")
+    require_disk_space(1, tmp_path / "not" / "there", "The model")

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.model_directory import stored_tensors
+from common.support.model_dir import stored_tensors
 from common.tokenization import load_tokenizer
 from model.loading import load_model
 from tests import stored_forms as forms

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
-from common.accelerator import Accelerator
-from common.batching import IGNORED, Batches
-from common.checkpoints import Checkpoints
-from common.training import train
+from common.batches import IGNORE_INDEX, Batches
+from common.checkpoint import Checkpoints
+from common.device import Device
+from common.trainer import train
 from model import loss as loss_file
 from model.adapters import add_lora
 from model.loss import CausalLMLoss, has_plain_head
@@ -143,7 +143,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
     model = build(kind)
     _, gradients = one_padded_batch(model, split, False)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    accelerator = Accelerator(torch.device("cpu"), "test", torch.float32, static_shapes)
+    device = Device(torch.device("cpu"), "test", torch.float32, static_shapes)
     for tokens in (60, 200, 10_000):
         with torch.no_grad():
             for name, weight in model.named_parameters():
@@ -157,7 +157,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
         # with a learning rate of 1, the change of a weight is its gradient
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
         dataset = {"train": split, "validation": split, "meta": {}, "sha256": ""}
-        train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, accelerator, Checkpoints(args))
+        train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, device, Checkpoints(args))
         for name, weight in model.named_parameters():
             if gradients[name] is None:
                 assert torch.equal(before[name], weight)
@@ -229,10 +229,10 @@ def test_an_evaluation_makes_no_gradients(build, monkeypatch):
 def test_bfloat16_products_come_close(build):
     model, split = build("llama3").eval(), a_split()
     expected, _ = one_padded_batch(model, split, False)
-    accelerator = Accelerator(torch.device("cpu"), "test", torch.bfloat16, False)
+    device = Device(torch.device("cpu"), "test", torch.bfloat16, False)
     module, labels = CausalLMLoss(model), label_tokens(split)
     model.zero_grad()
-    with accelerator.autocast():
+    with device.autocast():
         loss = sum(module(*batch) for batch in micro_batches(split, list(range(12)), 200)) / labels
     loss.backward()
     assert abs(loss - expected) < 0.02 * expected
@@ -246,7 +246,7 @@ def test_prompt_has_no_loss_by_default_and_every_answer_token_has():  # fault 4
     for row in range(40):
         (batch,) = micro_batches(split, [row], 1000)
         start, length = answer_start(split, row), int(row_lengths(split)[row])
-        assert (batch.labels[0, :start] == IGNORED).all()
+        assert (batch.labels[0, :start] == IGNORE_INDEX).all()
         assert torch.equal(batch.labels[0, start:], batch.input_ids[0, start:])  # fault 2: whatever their ids
         (batch,) = micro_batches(split, [row], 1000, True)
         assert torch.equal(batch.labels, batch.input_ids) and batch.labels.shape == (1, length)
@@ -268,7 +268,7 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
     assert sum(len(batch.input_ids) for batch in batches) == 500
     tokens, padded = int(row_lengths(split).sum()), sum(batch.input_ids.numel() for batch in batches)
     assert padded < 1.05 * tokens
-    found = sorted(tuple(ids[labels != IGNORED].tolist()) for b in batches for ids, labels in zip(b[0], b[1]))
+    found = sorted(tuple(ids[labels != IGNORE_INDEX].tolist()) for b in batches for ids, labels in zip(b[0], b[1]))
     wanted = []
     for row in rows:
         begin, end = split["offsets"][row : row + 2].tolist()
@@ -288,7 +288,7 @@ def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_p
         begin, end = split["offsets"][row : row + 2].tolist()
         ids = split["input_ids"][begin:end].tolist()
         start = max(1, answer_start(split, row))  # what stands before a row's first token is another row's last one
-        wanted.append((ids, [IGNORED] * start + ids[start:]))
+        wanted.append((ids, [IGNORE_INDEX] * start + ids[start:]))
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in found) == sorted(wanted)
     assert len(micro_batches(split, list(range(500)), 512, packed=True)) == -(-tokens // 512)
     (batch,) = micro_batches(split, [7], 5, packed=True)  # longer than the limit: alone
@@ -335,7 +335,7 @@ def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
     batches = Batches(split, 10, 512)
 
     def epoch(number, seed=5, batches=batches):
-        return [batches.rows_of(step, seed) for step in range(10 * number + 1, 10 * number + 11)]
+        return [batches.rows_for_step(step, seed) for step in range(10 * number + 1, 10 * number + 11)]
 
     assert batches.steps_an_epoch == 10
     first = epoch(0)
@@ -344,5 +344,5 @@ def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
     assert first != epoch(0, seed=6)
     assert first != epoch(1)
     # every step's rows are known by itself: a training can go on anywhere
-    assert Batches(split, 10, 512).rows_of(17, 5) == epoch(1)[6]
+    assert Batches(split, 10, 512).rows_for_step(17, 5) == epoch(1)[6]
     assert Batches(split, 500, 512).batch_size == 103 and Batches(split, 500, 512).steps_an_epoch == 1

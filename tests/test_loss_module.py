@@ -13,9 +13,9 @@ import torch
 import torch.distributed.fsdp
 import transformers
 
-from common.accelerator import Accelerator
-from common.model_directory import stored_tensors
-from common.optimizer import make_optimizer
+from common.device import Device
+from common.optim import make_optimizer
+from common.support.model_dir import stored_tensors
 from common.tokenization import load_tokenizer
 from model.loading import load_model, save_model
 from model.loss import CausalLMLoss
@@ -24,7 +24,7 @@ from tests.conftest import ROOT, environment
 from tests.test_loss import a_split
 from tests.test_training import options
 
-CPU = Accelerator(torch.device("cpu"), "test", torch.float32, False)
+CPU = Device(torch.device("cpu"), "test", torch.float32, False)
 
 SHARDED = """
 import json, os, sys
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, {root!r})
-from common.batching import Batches
+from common.batches import Batches
 from model.adapters import add_lora
 from model.loading import load_model
 from model.loss import CausalLMLoss
@@ -155,7 +155,7 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
     def train(save):
         model = CausalLMLoss(load_model(directory, torch.device("cpu")))
         optimizer = make_optimizer(model, options(tmp_path), CPU)
-        from common.batching import Batches
+        from common.batches import Batches
 
         (batch,) = Batches(split, 12, 10_000).of(list(range(12)))
         for step in range(4):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from common import UserError
+from common.support.exit import UserError
 from model import adapters, quantization
 from tests.conftest import ROOT, run
 from tests.helpers import TRAIN, change_dataset, contents, needs_bitsandbytes, refusal, tells

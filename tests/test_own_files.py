@@ -435,7 +435,7 @@ def test_odd_text_is_kept(text, answers):
 
 
 def test_nul_bytes_in_csv_are_kept_or_refused(answers):
-    from common import UserError
+    from common.support.exit import UserError
 
     try:  # Python before 3.11 reads none
         assert answers("mine.csv", "instruction,output\ndo,a\x00b\n") == (["a\x00b"], 0)

@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from common import UserError
-from common.batching import MicroBatch
+from common.batches import MicroBatch
+from common.support.exit import UserError
 from model import fit
 from model.configs import config_of_kind
 from model.counts import Way, can_count, count
@@ -267,8 +267,8 @@ def test_several_processes_are_told_to_go_on_as_several(monkeypatch):
 
 def test_moai_splits_by_itself(model_dir, capsys):
     args = asked(model_dir)
-    accelerator = SimpleNamespace(static_shapes=True)
-    assert plan_training(args, accelerator, {}) is None and args.gradient_checkpointing is False
+    device = SimpleNamespace(static_shapes=True)
+    assert plan_training(args, device, {}) is None and args.gradient_checkpointing is False
     assert capsys.readouterr().out == ""
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.fsdp
 import transformers
 
-from common.model_directory import stored_tensors
+from common.support.model_dir import stored_tensors
 from tests.conftest import ROOT, environment, lay_out
 from tests.helpers import adapter_weights, contents, error_of, quantizes, records
 

@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common import UserError
+from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model, save_model

@@ -9,7 +9,7 @@ from peft.tuners import tuners_utils
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import UserError
+from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from model.adapters import add_lora
 from model.loading import load_model

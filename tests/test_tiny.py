@@ -16,7 +16,7 @@ import tokenizers as tokenizers_package
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common import UserError
+from common.support.exit import UserError
 from model import tiny
 from model.tiny import write_tiny
 from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, KINDS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
+from common.support.exit import UserError
 from common.tokenization import Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.tiny import write_tiny

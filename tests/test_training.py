@@ -15,18 +15,19 @@ from argparse import Namespace
 import pytest
 import torch
 
-from common import UserError, progress
-from common.accelerator import Accelerator, start_accelerator
-from common.batching import Batches
-from common.checkpoints import Checkpoints
-from common.optimizer import learning_rate, make_optimizer
-from common.training import train
+from common import train_log
+from common.batches import Batches
+from common.checkpoint import Checkpoints
+from common.device import Device, start_device
+from common.optim import learning_rate, make_optimizer
+from common.support.exit import UserError
+from common.trainer import train
 from model.loading import load_model, load_to_train, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.test_loss import a_split, padded, row_lengths
 
-CPU = Accelerator(torch.device("cpu"), "test", torch.float32, False)
+CPU = Device(torch.device("cpu"), "test", torch.float32, False)
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +50,11 @@ def options(tmp_path, **changed):
     return Namespace(**{**values, **changed})
 
 
-def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
+def run(directory, tmp_path, device=CPU, kind=CausalLMLoss, **changed):
     """Train the stand-in on random rows; the model, the records of the log, what was printed, what `train` returned."""
     args = options(tmp_path, **changed)
     torch.manual_seed(args.seed)
-    model = load_model(directory, accelerator.device, torch.float32)
+    model = load_model(directory, device.torch_device, torch.float32)
     dataset = {
         "train": a_split(1, rows=30),
         "validation": a_split(2, rows=9),
@@ -62,8 +63,8 @@ def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
     }
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        module = kind(model, accelerator.static_shapes)
-        facts = train(module, make_optimizer(module, args, accelerator), dataset, args, accelerator, Checkpoints(args))
+        module = kind(model, device.static_shapes)
+        facts = train(module, make_optimizer(module, args, device), dataset, args, device, Checkpoints(args))
     with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
         return model, [json.loads(line) for line in file], printed.getvalue(), facts
 
@@ -71,7 +72,7 @@ def run(directory, tmp_path, accelerator=CPU, kind=CausalLMLoss, **changed):
 def first_epoch():
     """The rows of the batches of the first epoch of `run`, by its own seed and batch size."""
     batches = Batches(a_split(1, rows=30), 4, 200)
-    return batches, [batches.rows_of(step, 0) for step in range(1, 8)]
+    return batches, [batches.rows_for_step(step, 0) for step in range(1, 8)]
 
 
 def test_log_lines_and_step_totals(directory, tmp_path):
@@ -178,12 +179,12 @@ def test_on_moai_platform_its_own_tool_tells_the_memory():
 def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, monkeypatch):  # fault 9
     events = []
 
-    class Recording(Accelerator):
+    class Recording(Device):
         def synchronize(self):
             events.append("finished")
 
-    clock = progress.perf_counter
-    monkeypatch.setattr(progress, "perf_counter", lambda: events.append("clock") or clock())
+    clock = train_log.perf_counter
+    monkeypatch.setattr(train_log, "perf_counter", lambda: events.append("clock") or clock())
     # at the start; for each line: the device finishes, the line's time is read, the next starts; the same around the
     # held-out losses of the begin and of the end, for which the clock stands still
     for eval_rows, times in ((0, 7), (256, 9)):
@@ -354,9 +355,9 @@ def test_weights_that_are_missing_are_named(directory, tmp_path):
 
 
 def test_the_accelerator_is_seeded_and_told(capsys):
-    accelerator = start_accelerator(11)
+    device = start_device(11)
     first = torch.rand(3)
-    start_accelerator(11)
+    start_device(11)
     assert torch.equal(first, torch.rand(3))
-    assert capsys.readouterr().out.startswith(f"Device: {accelerator.name}, ")
-    assert accelerator.gradient_scaler().is_enabled() == (accelerator.dtype == torch.float16)
+    assert capsys.readouterr().out.startswith(f"Device: {device.name}, ")
+    assert device.gradient_scaler().is_enabled() == (device.dtype == torch.float16)

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from common import words
+from common.support.exit import words
 from common.tokenization import load_tokenizer
 from common.words import BEGIN, as_list, encodings, words_of
 from tests.helpers import KINDS, rows_of

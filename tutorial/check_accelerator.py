@@ -33,7 +33,8 @@ from typing import Optional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.parser import ABOVE_ZERO, COUNT, Parser
+from common.support.cli import Parser, positive_float, positive_int
+from common.support.exit import run
 
 PACKAGES = ("torch", "transformers", "datasets", "peft", "bitsandbytes")
 MONITORS = {"MoAI": "moreh-smi", "CUDA": "nvidia-smi", "ROCm": "rocm-smi", "CPU": "top"}
@@ -49,10 +50,10 @@ HUB_TIMEOUT = 3  # seconds
 def main():
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--devices", type=COUNT, help="GPUs to ask for (default: those of this machine)")
-    add("--device-memory", type=ABOVE_ZERO, metavar="GB", help="memory of each (default: that of this machine's)")
+    add("--devices", type=positive_int, help="GPUs to ask for (default: those of this machine)")
+    add("--device-memory", type=positive_float, metavar="GB", help="memory of each (default: that of this machine's)")
     rate = "10^12 operations a second of its 16 bit matrix products (default: measured on this machine)"
-    add("--device-tflops", type=ABOVE_ZERO, metavar="TFLOPS", help=rate)
+    add("--device-tflops", type=positive_float, metavar="TFLOPS", help=rate)
     add("--model-name-or-path", help="directory of a model to plan, in place of the tutorials")
     add("--json", action="store_true", help="one JSON object for programs, in place of the tables")
     args = parser.parse_args()
@@ -60,32 +61,32 @@ def main():
         parser.error("--devices without --device-memory: say how many GB each has, as --device-memory 80")
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.accelerator import start_accelerator
+    from common.device import start_device
 
     with contextlib.redirect_stdout(io.StringIO()):  # what it says stands in the tables
-        accelerator = start_accelerator(seed=0)
-    found = look(accelerator, args)
+        device = start_device(seed=0)
+    found = look(device, args)
     print(json.dumps(found, indent=2)) if args.json else show(found)
 
 
-def look(accelerator, args) -> dict:
+def look(device, args) -> dict:
     """What --json prints."""
     import torch
     from tqdm import tqdm
 
-    from common.download import ask_hub
-    from common.memory import devices
+    from common.device import devices
+    from common.support.hub import ask_hub
     from model.tutorials import TUTORIALS, Machine, own_model, way_to_run
 
-    seen, disk_free = devices(accelerator), shutil.disk_usage(".").free
-    platform, dtype = accelerator.platform, accelerator.dtype
+    seen, disk_free = devices(device), shutil.disk_usage(".").free
+    platform, dtype = device.platform, device.dtype
     rate = 1e12 * args.device_tflops if args.device_tflops else None
     if args.device_memory:  # GPUs that are not here
         size, platform, dtype = int(1e9 * args.device_memory), "CUDA", torch.bfloat16
         asked = {"name": "GPU", "memory_used": None, "memory_total": size, "utilization": None}
         seen = [asked] * (args.devices or 1)
     elif rate is None:
-        rate = rate_of(accelerator)
+        rate = rate_of(device)
     # MoAI shows all its GPUs as one; where a size is not known, think the best
     memory = min(float("inf") if device["memory_total"] is None else device["memory_total"] for device in seen)
     machine = Machine(platform, memory, dtype, len(seen) if platform in ("CUDA", "ROCm") else 1, rate)
@@ -107,20 +108,20 @@ def look(accelerator, args) -> dict:
     }
 
 
-def rate_of(accelerator) -> Optional[float]:
+def rate_of(device) -> Optional[float]:
     """Operations a second of matrix products, the best of some seconds' tenths; None on MoAI, which compiles first."""
     import torch
 
-    if accelerator.static_shapes:
+    if device.static_shapes:
         return None
     best = 0.0
     with contextlib.suppress(RuntimeError, AssertionError):  # a driver that does not work
-        one = torch.ones((2048, 2048), dtype=accelerator.dtype, device=accelerator.device)
+        one = torch.ones((2048, 2048), dtype=device.dtype, device=device.torch_device)
         for _ in range(4):
-            accelerator.synchronize()
+            device.synchronize()
             begin = perf_counter()
             one @ one
-            accelerator.synchronize()
+            device.synchronize()
             best = max(best, 2 * 2048**3 / (perf_counter() - begin))
     return best or None
 
@@ -204,4 +205,4 @@ def gb(size) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

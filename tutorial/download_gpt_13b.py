@@ -12,14 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import download_arguments
-from model.tiny import download_or_stand_in
+from common.support.cli import download_arguments
+from common.support.exit import run
+from model.tiny import download_or_tiny
 
 
 def main():
     args = download_arguments(__doc__, model_name="cerebras/Cerebras-GPT-13B", save_dir="./cerebras-gpt-13b")
-    download_or_stand_in(args, "gpt")
+    download_or_tiny(args, "gpt")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

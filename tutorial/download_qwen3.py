@@ -12,14 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import download_arguments
-from model.tiny import download_or_stand_in
+from common.support.cli import download_arguments
+from common.support.exit import run
+from model.tiny import download_or_tiny
 
 
 def main():
     args = download_arguments(__doc__, model_name="Qwen/Qwen3-4B-Instruct-2507", save_dir="./qwen3-4b")
-    download_or_stand_in(args, "qwen3")
+    download_or_tiny(args, "qwen3")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

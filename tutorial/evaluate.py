@@ -31,13 +31,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common import UserError, less_memory
-from common.dataset_cache import ends_of, held_out_questions, load_dataset
-from common.files import require_place, written_whole
-from common.model_directory import base_of, require_model, run_of
-from common.parser import COUNT, COUNT_OR_NONE, Parser, add_bits
-from common.tables import print_answers, print_measures
+from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
+from common.support.cli import Parser, add_bits, non_negative_int, positive_int
+from common.support.exit import UserError, run
+from common.support.files import atomic_write, require_writable
+from common.support.model_dir import base_of, require_model, run_of
 from common.tokenization import fingerprint, load_tokenizer
+from common.train_log import print_answers, print_measures
 from dataset.scores import digits, measures_of, score_of
 
 
@@ -50,13 +50,12 @@ def arguments():
     add("--base-model-name-or-path", help="the model before the training (default: as run.json beside the model says)")
     add("--dataset-name-or-path", help="dataset file with the held-out rows (default: as run.json says)")
     add("--save-dir", help="directory for evaluation.json and evaluation.png (default: that of the model)")
-    add("--rows", type=COUNT, default=64, help="held-out rows to use at most")
-    add("--batch-rows", type=COUNT, default=8, help="questions asked at once, fewer need less memory")
-    add("--max-new-tokens", type=COUNT, default=256, help="tokens of an answer at most")
-    add("--show", type=COUNT_OR_NONE, default=2, help="rows whose answers are printed side by side")
+    add("--rows", type=positive_int, default=64, help="held-out rows to use at most")
+    add("--batch-rows", type=positive_int, default=8, help="questions asked at once, fewer need less memory")
+    add("--max-new-tokens", type=positive_int, default=256, help="tokens of an answer at most")
+    add("--show", type=non_negative_int, default=2, help="rows whose answers are printed side by side")
     add_bits(parser, "load the models, or the adapter's base, in 4 bit")
     args = parser.parse_args()
-    less_memory.extend(["--load-in-4bit"] * (args.bits != 4) + ["--batch-rows", "--max-new-tokens"])
     model_dir = args.model_name_or_path
     require_model(model_dir)
     trained = run_of(model_dir).get("options", {})
@@ -68,7 +67,7 @@ def arguments():
             raise UserError(f"{model_dir} has no run.json that tells how it was trained: give {option}.")
     require_model(args.base_model_name_or_path, "give the model before the training with --base-model-name-or-path")
     args.save_dir = args.save_dir or (model_dir if Path(model_dir).is_dir() else ".")
-    require_place(args.save_dir, "--save-dir")
+    require_writable(args.save_dir, "--save-dir")
     return args
 
 
@@ -76,13 +75,13 @@ def main():
     args = arguments()
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.accelerator import start_accelerator
-    from common.batching import Batches
-    from common.progress import draw_before_and_after
+    from common.batches import Batches
+    from common.device import start_device
+    from common.train_log import draw_before_and_after
     from model.generation import perplexity_and_answers
     from model.loading import load_model
 
-    accelerator = start_accelerator(seed=0)
+    device = start_device(seed=0)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer)
     if fingerprint(load_tokenizer(args.base_model_name_or_path)) != dataset["meta"]["tokenizer"]:
@@ -90,17 +89,17 @@ def main():
             f"{args.base_model_name_or_path} has another tokenizer than {args.model_name_or_path}: it can't have been "
             "its base. Give the right one with --base-model-name-or-path."
         )
-    questions = held_out_questions(dataset, args.dataset_name_or_path, tokenizer, args.rows)
+    questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
     prompts, references = ([question[part] for question in questions] for part in (0, 1))
-    score, ends = score_of(dataset["meta"]["template"]), ends_of(dataset["meta"], tokenizer)
-    static_length = dataset["meta"]["block_size"] if accelerator.static_shapes else 0
-    batches = Batches(dataset["validation"], args.batch_rows, accelerator.micro_batch_tokens, static_length)
+    score, ends = score_of(dataset["meta"]["template"]), stop_token_ids(dataset["meta"], tokenizer)
+    static_length = dataset["meta"]["block_size"] if device.static_shapes else 0
+    batches = Batches(dataset["validation"], args.batch_rows, device.micro_batch_tokens, static_length)
 
     def load(directory):
-        return load_model(directory, accelerator.device, accelerator.dtype, args.bits)
+        return load_model(directory, device.torch_device, device.dtype, args.bits)
 
     def measure(model, when):
-        return perplexity_and_answers(model, tokenizer, batches, prompts, args.max_new_tokens, accelerator, when, ends)
+        return perplexity_and_answers(model, tokenizer, batches, prompts, args.max_new_tokens, device, when, ends)
 
     base = base_of(args.model_name_or_path)
     if base != args.model_name_or_path and base == args.base_model_name_or_path:  # an adapter on that base
@@ -114,13 +113,13 @@ def main():
 
     texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
     measures = measures_of(score, texts, references, before, after)
-    report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": accelerator.name}
+    report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": device.name}
     report["measures"] = {name.replace("\n", " "): values for name, values in measures.items()}
     report["answers"] = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
         for prompt, reference, (old, old_ended), (new, new_ended) in zip(texts, references, before[1], after[1])
     ]
-    with written_whole(Path(args.save_dir) / "evaluation.json") as new:
+    with atomic_write(Path(args.save_dir) / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
     draw_before_and_after(measures, digits, Path(args.save_dir) / "evaluation.png")
     # saved before it is printed: `| head` may have closed the output
@@ -134,4 +133,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import inference_arguments
-from common.model_directory import require_model
+from common.support.cli import inference_arguments
+from common.support.exit import run
+from common.support.model_dir import require_model
 from common.tokenization import load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import korean_alpaca
@@ -32,19 +33,19 @@ def main():
     questions = load_questions(args, korean_alpaca, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.accelerator import start_accelerator
+    from common.device import start_device
     from model.generation import answer_rows, stream_answer
     from model.loading import load_model
 
-    accelerator = start_accelerator(args.seed)
+    device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     prompts = questions.encode(tokenizer, args)
-    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
+    model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
     if args.save_path:
-        answer_rows(model, tokenizer, prompts, questions.answers, args, accelerator)
+        answer_rows(model, tokenizer, prompts, questions.answers, args, device)
     else:
         stream_answer(model, tokenizer, prompts[0], args.max_new_tokens, args.temperature)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

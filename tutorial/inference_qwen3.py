@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common import UserError
-from common.arguments import inference_arguments
 from common.conversation import chat
-from common.model_directory import require_model
+from common.support.cli import inference_arguments
+from common.support.exit import UserError, run
+from common.support.model_dir import require_model
 from common.text import text_of
 from common.tokenization import load_tokenizer
 from dataset.questions import load_questions
@@ -34,20 +34,20 @@ def main():
     questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.accelerator import start_accelerator
     from common.chat import chat_of
     from common.chat_rows import encode_question
+    from common.device import start_device
     from model.generation import answer_rows, prompt_room, stream_answer
     from model.loading import load_model
 
-    accelerator = start_accelerator(args.seed)
+    device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     template = chat_of(tokenizer)  # the tokenizer's own, as in the training
     ends = [template.end_of_turn(), tokenizer.eos_token_id]
     prompts = questions.encode(tokenizer, args, template)
-    model = load_model(args.model_name_or_path, accelerator.device, accelerator.dtype, args.bits)
+    model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
     if args.save_path:
-        return answer_rows(model, tokenizer, prompts, questions.answers, args, accelerator, ends)
+        return answer_rows(model, tokenizer, prompts, questions.answers, args, device, ends)
 
     def answer_to(prompt: list, show_prompt: bool) -> str:
         return stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt)
@@ -72,4 +72,4 @@ def typed() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.arguments import train_arguments
-from common.checkpoints import Checkpoints
-from common.dataset_cache import load_dataset
-from common.model_directory import require_model
+from common.checkpoint import Checkpoints
+from common.dataset_file import load_dataset
+from common.support.cli import train_arguments
+from common.support.exit import run
+from common.support.model_dir import require_model
 from common.tokenization import load_tokenizer
 
 DOWNLOAD = "Run python tutorial/download_llama3_8b.py first."
@@ -35,22 +36,22 @@ def main():
     checkpoints = Checkpoints(args)  # a run that was cut goes on
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.accelerator import start_accelerator
-    from common.optimizer import make_optimizer
-    from common.training import train
+    from common.device import start_device
+    from common.optim import make_optimizer
+    from common.trainer import train
     from model.fit import plan_training
     from model.loading import load_to_train, save_model
 
     # before the model is built: on MoAI Platform this turns automatic parallelization on
-    accelerator = start_accelerator(args.seed, args.deterministic)
-    plan = plan_training(args, accelerator, checkpoints.before)  # what fits, before anything is loaded
+    device = start_device(args.seed, args.deterministic)
+    plan = plan_training(args, device, checkpoints.before)  # what fits, before anything is loaded
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_to_train(args, accelerator)  # with its loss; every weight, or with --use-lora an adapter
-    optimizer = make_optimizer(model, args, accelerator)
-    run = train(model, optimizer, dataset, args, accelerator, checkpoints, plan)
+    model = load_to_train(args, device)  # with its loss; every weight, or with --use-lora an adapter
+    optimizer = make_optimizer(model, args, device)
+    run = train(model, optimizer, dataset, args, device, checkpoints, plan)
     save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=run)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

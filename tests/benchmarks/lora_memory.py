@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import transformers
 
-from common.accelerator import start_accelerator
+from common.device import start_device
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAINER = "4 bit + LoRA, peft + Trainer"
@@ -44,15 +44,15 @@ def measure_trainer(model_dir: str, dataset_file: str, steps: int) -> None:
     """Train with transformers' Trainer; print tokens a second (no padding), peak memory and parameters as JSON."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    accelerator = start_accelerator(0)
+    device = start_device(0)
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=accelerator.dtype,
+        bnb_4bit_compute_dtype=device.dtype,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        model_dir, quantization_config=config, device_map=accelerator.device, dtype=accelerator.dtype
+        model_dir, quantization_config=config, device_map=device.torch_device, dtype=device.dtype
     )
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -88,8 +88,8 @@ def measure_trainer(model_dir: str, dataset_file: str, steps: int) -> None:
             max_steps=steps + 1,
             learning_rate=2e-4,
             optim="adamw_bnb_8bit",
-            bf16=accelerator.dtype == torch.bfloat16,
-            use_cpu=accelerator.device.type == "cpu",
+            bf16=device.dtype == torch.bfloat16,
+            use_cpu=device.torch_device.type == "cpu",
             dataloader_pin_memory=False,
             remove_unused_columns=False,
             save_strategy="no",
@@ -97,13 +97,11 @@ def measure_trainer(model_dir: str, dataset_file: str, steps: int) -> None:
         )
         transformers.Trainer(model, options, train_dataset=rows, data_collator=collate, callbacks=[Clock()]).train()
     (first, before), (last, after) = Clock.times[0], Clock.times[-1]
-    report(
-        accelerator, (after - before) / (last - first), sum(w.numel() for w in model.parameters() if w.requires_grad)
-    )
+    report(device, (after - before) / (last - first), sum(w.numel() for w in model.parameters() if w.requires_grad))
 
 
-def report(accelerator, speed, trained):
-    print(accelerator.memory())
+def report(device, speed, trained):
+    print(device.memory())
     print(json.dumps({"tokens_per_second": speed, "trained": trained}))
 
 

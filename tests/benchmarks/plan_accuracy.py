@@ -77,12 +77,11 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
 
-    from common.accelerator import start_accelerator
-    from common.arguments import train_arguments
-    from common.checkpoints import Checkpoints
-    from common.memory import memory_used
-    from common.optimizer import make_optimizer
-    from common.training import train
+    from common.checkpoint import Checkpoints
+    from common.device import memory_used, start_device
+    from common.optim import make_optimizer
+    from common.support.cli import train_arguments
+    from common.trainer import train
     from model.counts import Way, config_of
     from model.loading import load_to_train
     from model.plan import plan
@@ -93,12 +92,12 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
         sys.argv += ["--eval-rows", "0", "--gradient-checkpointing"][: 3 if checkpointing else 2]
         names = {"model_name_or_path": model_dir, "dataset_name_or_path": "", "save_dir": place, "log_interval": 1}
         args = train_arguments("", lr=1e-5, batch_size=rows, block_size=TOKENS, **names)
-        accelerator = start_accelerator(0, True)
-        idle = memory_used(accelerator.device)[0]
-        way = Way(method, checkpointing, TOKENS, TOKENS, accelerator.dtype, accelerator.device.type)
+        device = start_device(0, True)
+        idle = memory_used(device.torch_device)[0]
+        way = Way(method, checkpointing, TOKENS, TOKENS, device.dtype, device.torch_device.type)
         planned = plan(config_of(model_dir), way)
-        model = load_to_train(args, accelerator)
-        optimizer = make_optimizer(model, args, accelerator)
+        model = load_to_train(args, device)
+        optimizer = make_optimizer(model, args, device)
         count = steps * rows
         vocabulary = model.model.config.vocab_size
         split = {
@@ -109,8 +108,8 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
             "loss_mask": torch.ones(count * TOKENS, dtype=torch.bool),
         }
         dataset = {"train": split, "validation": split, "meta": {}, "sha256": ""}
-        train(model, optimizer, dataset, args, accelerator, Checkpoints(args))
-        measured = memory_used(accelerator.device)[1] - idle
+        train(model, optimizer, dataset, args, device, Checkpoints(args))
+        measured = memory_used(device.torch_device)[1] - idle
         parts = [part / 1e9 for part in planned[3:9]]
         print(json.dumps({"predicted": (planned.peak - planned.program) / 1e9, "measured": measured / 1e9,
                           "state": (planned.state - planned.program) / 1e9, "parts": parts}))  # fmt: skip

@@ -52,7 +52,7 @@ OURS = """
 import sys
 from argparse import Namespace
 sys.path.insert(0, sys.argv[4])
-from common.dataset_cache import prepare_dataset
+from common.dataset_file import prepare_dataset
 from common.tokenization import load_tokenizer
 from dataset.sources import load_splits
 from dataset.templates import summarization

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import transformers
 
-from common.batching import IGNORED, Batches
+from common.batches import IGNORE_INDEX, Batches
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = "0131a7e"
@@ -107,7 +107,7 @@ def docs_loop(model_dir: str, batches, method: str):
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORED)).loss
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX)).loss
         first = first or loss.item()
         loss.backward()
         optimizer.step()
@@ -172,7 +172,7 @@ def texts_of(data: str, rows: int, steps: int) -> list:
     return [
         [
             split["input_ids"][split["offsets"][row] : split["offsets"][row + 1]].tolist()
-            for row in batches.rows_of(s, 0)
+            for row in batches.rows_for_step(s, 0)
         ]
         for s in range(1, steps + 2)
     ]

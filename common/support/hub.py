@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import re
 import shutil
@@ -17,12 +18,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from common import STOPPING, UserError, first_line
-from common.conversion import INDEX, is_converted, name_of_converted, to_safetensors
-from common.files import require_place, require_room
-from common.hub_files import choose_files
-from common.model_directory import check_weights
-from common.origin import write_origin
+from common.support.exit import STOP_SIGNALS, UserError, first_line
+from common.support.files import atomic_write, require_disk_space, require_writable
+from common.support.model_dir import check_weights, header_of, write_origin
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 AGAIN = "run the same command again (files that are complete are kept)"
@@ -45,7 +43,7 @@ def download_model(repo_id, save_dir, token=None, convert=False):
     with _one_line_errors(repo_id, save_dir, token):
         target = Path(save_dir).expanduser().absolute()
         new_dirs = [path for path in (target, *target.parents) if not path.exists()]
-        require_place(target, "--save-dir")
+        require_writable(target, "--save-dir")
         timeout = constants.HF_HUB_ETAG_TIMEOUT  # seconds; without one, an address that never answers would hang
         info = HfApi().model_info(repo_id, files_metadata=True, timeout=timeout, token=token)
         on_hub = {file.rfilename: file.size or 0 for file in info.siblings}  # name -> bytes
@@ -64,7 +62,7 @@ def download_model(repo_id, save_dir, token=None, convert=False):
         )
     missing = [name for name in names if not _complete(target / name, on_hub[name])]
     bytes_missing = sum(on_hub[name] for name in missing) - _bytes_of_partial_files(target)
-    require_room(bytes_missing, save_dir, f"What is missing of {repo_id}")
+    require_disk_space(bytes_missing, save_dir, f"What is missing of {repo_id}")
 
     print(f"Downloading {repo_id} ({sum(on_hub[name] for name in names) / 1e9:.1f} GB) to {save_dir}...", flush=True)
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:  # else it is the reader's own wish
@@ -76,7 +74,7 @@ def download_model(repo_id, save_dir, token=None, convert=False):
         os.write(2, b"\nInterrupted: files that are complete are kept. Run the same command to go on.\n")
         os._exit(128 + number)
 
-    others = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, *STOPPING)]
+    others = [(number, signal.signal(number, stop)) for number in (signal.SIGINT, *STOP_SIGNALS)]
     try:
         with _one_line_errors(repo_id, save_dir, token):
             for name in missing:  # the library may take a file that was cut short but kept its date for the whole one
@@ -206,3 +204,88 @@ def _explain(error, repo_id, save_dir, token):
         f"the download from {constants.ENDPOINT} failed ({reason}): check the network, then {AGAIN}; "
         "to rehearse without a network, use --tiny"
     )
+
+
+# The weights as transformers finds them: the first kind that a repository has, and no other. So no twin in another
+# format is fetched (.pth, .h5, .msgpack, .onnx, .gguf, consolidated.safetensors) and no folder such as original/.
+WEIGHTS = (
+    r"model\.safetensors",
+    r"model[-_]\d+-of-\d+\.safetensors",
+    r"pytorch_model\.bin",  # Cerebras-GPT has only these
+    r"pytorch_model[-_]\d+-of-\d+\.bin",
+)
+# Beside the weights: config, tokenizer, chat template, code, licence, readme.
+SMALL_FILES = r"[^/]+\.(json|txt|model|jinja|py|md)|LICEN[CS]E|NOTICE"
+
+
+def choose_files(repo_id, on_hub):
+    """The names that `download_model` fetches, out of the repository's: the small files, and the weights once."""
+    weights = next(filter(None, ([n for n in on_hub if re.fullmatch(kind, n)] for kind in WEIGHTS)), None)
+    if not weights:
+        raise UserError(f"{repo_id} has no weights that transformers reads as they are: choose another model")
+    index = re.sub(r"[-_]\d+-of-\d+", "", weights[0]) + ".index.json"  # which tensor is in which shard
+    small = [n for n in on_hub if re.fullmatch(SMALL_FILES, n) and (n == index or not n.endswith(".index.json"))]
+    return small + weights
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def name_of_converted(name: str) -> str:
+    """pytorch_model-00001-of-00002.bin -> model-00001-of-00002.safetensors"""
+    return name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+
+
+def is_converted(path: Path, size: int) -> bool:
+    """Whether the safetensors file that was made of the .bin file `path` of `size` bytes is there, and whole."""
+    facts = header_of(path.with_name(name_of_converted(path.name)), {}).get("__metadata__", {})
+    return path.suffix == ".bin" and (facts.get("made_of"), facts.get("bytes")) == (path.name, str(size))
+
+
+def to_safetensors(model_dir: str) -> None:
+    """Turn the pytorch_model*.bin files of a directory into safetensors, with an index where they are several.
+
+    Interrupted, it goes on with the file that it was at. UserError where one can't be read, or the disk has no room.
+    """
+    directory = Path(model_dir)
+    for scratch in directory.glob(".model*.safetensors*.????????"):  # of a process that was killed
+        shutil.rmtree(scratch, ignore_errors=True)
+    for path in sorted(directory.glob("pytorch_model*.bin")):
+        _convert(path)
+    shards = sorted(directory.glob("model-*-of-*.safetensors"))
+    if not shards or (directory / INDEX).is_file():
+        return
+    headers = {shard.name: header_of(shard, {}) for shard in shards}
+    places = {name: shard for shard, header in headers.items() for name in header if name != "__metadata__"}
+    size = sum(
+        headers[shard][name]["data_offsets"][1] - headers[shard][name]["data_offsets"][0]
+        for name, shard in places.items()
+    )
+    with atomic_write(directory / INDEX) as new:
+        new.write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2), encoding="utf-8")
+
+
+def _convert(path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    size, target = path.stat().st_size, path.with_name(name_of_converted(path.name))
+    if not is_converted(path, size):
+        require_disk_space(size, path.parent, target.name)
+        print(f"Converting {path.name} to {target.name}...", flush=True)
+        try:
+            try:  # mapped, where torch can: the file is never in memory as a whole
+                weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+            except (TypeError, RuntimeError):  # torch before 2.1, or a file in torch's form before 1.6
+                weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # a damaged file fails in many ways, of many types
+            raise UserError(f"{path} can't be read: delete it and run the same command again") from None
+        places = set()
+        for name, weight in weights.items():  # safetensors takes no two names of one tensor
+            shared = weight.data_ptr() in places
+            places.add(weight.data_ptr())
+            weights[name] = weight.clone() if shared else weight.contiguous()
+        with atomic_write(target) as new:
+            save_file(weights, new, metadata={"format": "pt", "made_of": path.name, "bytes": str(size)})
+            new.chmod(path.stat().st_mode)  # safetensors lets nobody else read its files
+    path.unlink()

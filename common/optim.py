@@ -9,11 +9,11 @@ from typing import List
 import torch
 from torch import nn
 
-from common.accelerator import Accelerator
-from common.checkpoint_files import dcp
+from common.checkpoint import dcp
+from common.device import Device
 
 
-def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, args, device: Device) -> torch.optim.Optimizer:
     """AdamW (https://arxiv.org/abs/1711.05101) over the trainable weights; norms and biases don't decay.
 
     On a quantized base its states are in 8 bit (https://arxiv.org/abs/2110.02861), where bitsandbytes has that. To be
@@ -26,10 +26,10 @@ def make_optimizer(model: nn.Module, args, accelerator: Accelerator) -> torch.op
     if args.bits:
         from bitsandbytes.optim import AdamW8bit
 
-        if _can_step(AdamW8bit, accelerator.device):
+        if _can_step(AdamW8bit, device.torch_device):
             return AdamW8bit(groups, lr=args.lr)
     fused = partial(torch.optim.AdamW, fused=True)  # one kernel for all weights: torch 2.0 on CUDA, 2.4 on a CPU
-    kind = fused if not accelerator.static_shapes and _can_step(fused, accelerator.device) else torch.optim.AdamW
+    kind = fused if not device.static_shapes and _can_step(fused, device.torch_device) else torch.optim.AdamW
     return kind(groups, lr=args.lr)
 
 

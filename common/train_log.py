@@ -10,16 +10,16 @@ import sys
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
-from typing import Callable, Dict, List, Optional
+from time import monotonic, perf_counter
+from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from tqdm import tqdm
 
-from common import missing_package
-from common.files import flush, written_whole
-from common.origin import made_of
-from common.processes import is_first
+from common.distributed import is_main_process
+from common.support.exit import install_hint
+from common.support.files import atomic_write, flush
+from common.support.model_dir import base_models
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +35,7 @@ class TrainingLog:
         self.directory = Path(save_dir)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.records, self.best_point = total_steps, records, None
-        self.writes = is_first()
+        self.writes = is_main_process()
         self.file = open(self.directory / "training_log.jsonl" if self.writes else os.devnull, "w", encoding="utf-8")
         self.file.writelines(json.dumps(record) + "\n" for record in records)
         self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True)
@@ -86,7 +86,7 @@ class TrainingLog:
         try:
             draw_losses(self.records, self.directory / "training_loss.png", self.best_point)
         except ModuleNotFoundError as error:
-            print(f"training_loss.png was not drawn: {missing_package(error.name)}")
+            print(f"training_loss.png was not drawn: {install_hint(error.name)}")
         except Exception as error:  # a picture is not worth a trained model, which is saved after this
             print(f"training_loss.png was not drawn: {error}")
 
@@ -94,12 +94,12 @@ class TrainingLog:
 class Clock:
     """The seconds of the log line under way, without the pauses; it waits for the device, to tell the truth."""
 
-    def __init__(self, accelerator, seconds: float):
-        self.accelerator = accelerator
+    def __init__(self, device, seconds: float):
+        self.device = device
         self.start = perf_counter() - seconds
 
     def seconds(self) -> float:
-        self.accelerator.synchronize()
+        self.device.synchronize()
         return perf_counter() - self.start
 
     def restart(self) -> None:
@@ -107,7 +107,7 @@ class Clock:
 
     @contextmanager
     def paused(self):
-        self.accelerator.synchronize()
+        self.device.synchronize()
         begin = perf_counter()
         try:
             yield
@@ -120,7 +120,7 @@ def facts_of_run(options: dict, dataset_meta: dict, device: str) -> dict:
     return {
         "command": sys.argv,
         "options": options,
-        "made_of": made_of(options["model_name_or_path"]),
+        "made_of": base_models(options["model_name_or_path"]),
         "dataset": dataset_meta,
         "device": device,
         "commit": _commit(),
@@ -183,7 +183,7 @@ def _pyplot():
 
 
 def _save(figure, path: Path) -> None:
-    with written_whole(path) as new:
+    with atomic_write(path) as new:
         figure.savefig(new, dpi=120)
     _pyplot().close(figure)
 
@@ -195,3 +195,101 @@ def _commit():
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+PLACE = "tensorboard"  # in the save directory
+NOT_A_CURVE = ("step", "duration", "best_held_out_loss")
+
+
+class CurvesToo(TrainingLog):
+    """A TrainingLog that writes its lines as points of curves as well; of several processes the first one alone.
+
+    A training that goes on writes those of its `records` anew. What an earlier process wrote after the checkpoint is in
+    no record, and goes with its file, so that no step is there twice.
+    """
+
+    def __init__(self, save_dir: str, total_steps: int, step: int, records: List[dict]):
+        super().__init__(save_dir, total_steps, step, records)
+        self.writer = None
+        if self.writes:
+            from torch.utils.tensorboard import SummaryWriter
+
+            for old in (self.directory / PLACE).glob("events.out.tfevents.*"):
+                old.unlink()
+            self.writer = SummaryWriter(str(self.directory / PLACE))
+            for record in records:
+                self._add(record)
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        if self.writer:
+            self.writer.close()
+
+    def _tell(self, words: str, **record) -> None:
+        super()._tell(words, **record)
+        if self.writer:
+            self._add(record)
+
+    def _add(self, record: dict) -> None:
+        for name, value in record.items():
+            if name not in NOT_A_CURVE and isinstance(value, (int, float)):
+                self.writer.add_scalar(name, value, record["step"])
+        self.writer.flush()  # for whoever looks, and for a process that is killed
+
+
+SECONDS = 30  # from one line to the next
+
+
+def with_progress(parts: Iterable, rows_in: Callable, name: str, total: Optional[int], done: int = 0) -> Iterator:
+    """`parts`, one after the other, each of as many rows as `rows_in` says; told once whoever takes them has used it.
+
+    total: rows in all, where that is known; done: those that were done before.
+    """
+    from tqdm import tqdm
+
+    terminal, start, before = sys.stderr.isatty(), monotonic(), done
+    last = start
+    with tqdm(total=total, initial=done, desc=name, unit=" rows", disable=not terminal, dynamic_ncols=True) as bar:
+        for part in parts:
+            yield part
+            done += rows_in(part)
+            bar.update(rows_in(part))
+            now = monotonic()
+            if not terminal and now - last >= SECONDS:
+                rate = (done - before) / (now - start)
+                left = f" of {total}, {(total - done) / rate / 60:.0f} minutes left" if total else ""
+                print(f"{name}: {done} rows{left}, {rate:.{0 if rate >= 10 else 1}f} rows/s", flush=True)
+                last = now
+
+
+LONGEST = 600  # letters of a question that are shown: an article is longer
+
+
+def print_measures(measures: Dict[str, dict], digits: Callable[[str], str]) -> None:
+    """A line each measure, {name: {"before", "after", "rows"}}; `digits` gives the format of its values."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("Measure", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for heading in ("Before", "After", "Rows"):
+        table.add_column(heading, justify="right")
+    for name, values in measures.items():
+        before, after = (digits(name) % values[when] for when in ("before", "after"))
+        table.add_row(name.replace("\n", " "), before, after, str(values["rows"]))
+    Console().print(table)
+
+
+def print_answers(question: str, answers: Dict[str, str]) -> None:
+    """A column each answer, {heading: text}, below the question."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if len(question) > LONGEST:
+        question = question[: LONGEST // 2] + " ... " + question[-LONGEST // 2 :]
+    table = Table(title=Text(question), title_justify="left")
+    for heading in answers:
+        table.add_column(heading, ratio=1, overflow="fold")
+    table.add_row(*map(Text, answers.values()))  # as Text, because rich reads [INST] as its markup
+    Console().print(table)

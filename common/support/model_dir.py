@@ -10,10 +10,12 @@ import json
 import re
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-from common import UserError
+from common.support.exit import UserError, install_hint
+from common.support.files import atomic_write, weights_fingerprint
 
 ADAPTER = "adapter_model.safetensors"  # as peft has it, like adapter_config.json
 RUN = "run.json"  # options, versions, data and template of a training, beside its result
@@ -208,3 +210,55 @@ def header_of(path: Path, otherwise=None):
         return header if size == 8 + length + max(ends, default=0) else otherwise
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
         return otherwise
+
+
+RECORD = Path(".cache", "huggingface", "origin.json")  # where the hub's library keeps what it knows of a directory
+
+
+def write_origin(model_dir: str, name: str, revision: str) -> None:
+    """Write down that the model in `model_dir` is `name` of the hub, in this revision."""
+    record = {"name": name, "revision": revision, "weights": weights_fingerprint(model_dir)}
+    with atomic_write(Path(model_dir) / RECORD) as new:
+        new.write_text(json.dumps(record), encoding="utf-8")
+
+
+def read_origin(model_dir: str) -> dict:
+    """{"name": its id on the hub, "revision"} of a model's directory; of a hub id itself its name; {}: not known, as of
+    weights that are others now, a stand-in's or a trained model's."""
+    path = Path(model_dir)
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        record = json.loads((path / RECORD).read_bytes())
+        if record.pop("weights", None) == weights_fingerprint(model_dir):
+            return {key: str(value) for key, value in record.items()}
+    return {"name": model_dir} if is_hub_id(model_dir) and not path.exists() else {}
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def base_models(model_dir: str, merged: Optional[str] = None) -> dict:
+    """For run.json: the base, and the adapter that was trained further or `merged` into it, as they were given."""
+    base = base_of(merged or model_dir)
+    adapter = merged or (model_dir if base != model_dir else None)
+    return {"base": base, **({"adapter": adapter} if adapter else {}), **({"merged": True} if merged else {})}
+
+
+def explain_load_error(error: Exception) -> str:
+    """Why a model's files could not be loaded, and what helps, for the reader; "" where nothing tells."""
+    text = " ".join(str(error).split())
+    short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return install_hint(error.name)
+    if isinstance(error, ImportError):
+        return f"{short} Install that package."
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it needs code of its own, which is never run here. Take a model that transformers knows."
+    if "Unrecognized configuration class" in text:
+        return "it is no causal language model. Take one (Llama, Mistral, GPT)."
+    if "not recognize this architecture" in text or "quantization" in text:
+        return f"the transformers that is installed can't ({short}). A newer one may: pip install -U transformers"
+    if "mismatch" in text:
+        return f"config.json and weights are of different models ({short}). Download both again."
+    return ""

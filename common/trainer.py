@@ -1,25 +1,105 @@
-"""The training loop that all tutorials share."""
+"""The loss of micro-batches, and of rows that are held out."""
 
 from __future__ import annotations
 
-from typing import List, Optional
+import contextlib
+import math
+from typing import Iterable, List, Optional
 
 import torch
+from torch import nn
 
-from common import UserError, is_out_of_memory, less_memory, losses, processes
-from common.accelerator import Accelerator
-from common.batching import Batches
-from common.checkpoints import Checkpoints
-from common.curves import CurvesToo
-from common.finite import Finite, require_finite_weights
-from common.memory import memory_used
-from common.optimizer import clip_gradients, learning_rate
-from common.progress import Clock, TrainingLog, facts_of_run
-from common.state import State, begin_again_with
-from common.stopping import Stopped, StopRequest
+from common import distributed
+from common.batches import Batches
+from common.checkpoint import Checkpoints, State, begin_again_with
+from common.device import Device, memory_used
+from common.optim import clip_gradients, learning_rate
+from common.support.cli import memory_saving_options
+from common.support.exit import Stopped, StopRequest, UserError, is_out_of_memory
+from common.train_log import Clock, CurvesToo, TrainingLog, facts_of_run
 
 
-def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints, plan=None) -> dict:
+@contextlib.contextmanager
+def eval_mode(model: nn.Module):
+    """Inside, the model is in evaluation: without dropout, without gradients. Whatever comes, it is as before after."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def total_loss(model: nn.Module, batches: Batches, rows: List[int], device, after_each=lambda: None) -> float:
+    """The loss over all label tokens of these rows, in evaluation. `after_each` micro-batch something is called, which
+    may raise. Of several processes each takes its share of the rows, and all get the sum."""
+    total = 0.0
+    with eval_mode(model):
+        for start in range(0, len(rows), batches.batch_size):
+            for micro_batch in batches.of(rows[start : start + batches.batch_size]):
+                total += forward(model, micro_batch, device).item()
+                after_each()
+    return distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64)).item()
+
+
+def forward(model: nn.Module, micro_batch, device: Device) -> torch.Tensor:
+    """The sum of the loss over the label tokens of a micro-batch, float32 []."""
+    on_device = [None if tensor is None else tensor.to(device.torch_device) for tensor in micro_batch]
+    with device.autocast():
+        return model(*on_device)
+
+
+class Finite:
+    """Looks at each step's loss and gradient norm: on a CPU at once, on a GPU when the next step's are under way.
+
+    To read a number of the device's is to wait for it, in each step. So a copy to the main memory is only ordered, and
+    is read a step later, when it has long been there.
+    """
+
+    def __init__(self, device: torch.device, scaled: bool):
+        self.waits = device.type == "cuda"
+        self.scaled = scaled  # the float16 scaler leaves out a step whose gradient overflows, which is no fault
+        self.ordered: Optional[tuple] = None
+
+    def look(self, step: int, loss: torch.Tensor, norm: torch.Tensor, at_once: bool = False) -> str:
+        """What is not finite of `step`, where that can be said yet, or has to (`at_once`); else what `late` says."""
+        problem = self.late()
+        numbers = torch.stack([loss, torch.zeros_like(loss) if self.scaled else norm.detach()])
+        if self.waits and not at_once:
+            copy, arrived = torch.empty(2, pin_memory=True), torch.cuda.Event()
+            copy.copy_(numbers, non_blocking=True)
+            arrived.record()
+            self.ordered = step, copy, arrived
+            return problem
+        return problem or _problem(step, numbers)
+
+    def late(self) -> str:
+        """What is not finite of the last step that has been looked at."""
+        if self.ordered is None:
+            return ""
+        (step, numbers, arrived), self.ordered = self.ordered, None
+        arrived.synchronize()
+        return _problem(step, numbers)
+
+
+def require_finite_weights(weights: Iterable[torch.Tensor]) -> None:
+    """UserError where the last step has made weights that are no numbers: no loss has told of them yet."""
+    own = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in weights)
+    if distributed.any_rank(not all(bool(torch.isfinite(weight).all()) for weight in own)):
+        raise UserError(
+            "The training broke: weights are no numbers any more. Take a smaller --lr, or more --warmup-steps."
+        )
+
+
+def _problem(step: int, numbers: torch.Tensor) -> str:
+    for name, number in zip(("loss", "gradient norm"), numbers.tolist()):
+        if not math.isfinite(number):
+            return f"The {name} of step {step} is {number}"
+    return ""
+
+
+def train(model, optimizer, dataset: dict, args, device: Device, checkpoints: Checkpoints, plan=None) -> dict:
     """Train on `dataset["train"]`; log and loss picture go to `args.save_dir`; returns what is to stand in run.json.
 
     `model(input_ids, labels, attention_mask)` is the sum of the loss over the label tokens. Where `checkpoints` has one
@@ -27,19 +107,19 @@ def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, check
     Ctrl-C or SIGTERM comes; UserError where a loss, a gradient or a weight is no number any more. `plan`:
     what model.plan has predicted, to be compared.
     """
-    training = Training(model, optimizer, dataset, args, accelerator, checkpoints)
+    training = Training(model, optimizer, dataset, args, device, checkpoints)
     state = training.state
-    print(accelerator.memory())
+    print(device.memory())
     with training.stop:
         try:
-            with training.log as log, accelerator.room_for_training(model):
+            with training.log as log, device.room_for_training(model, memory_saving_options(args)):
                 model.train()
                 while True:
                     if not state.reported:
                         training.report()
                     if checkpoints.due(state):
                         training.write_checkpoint()
-                    training.stop.check()
+                    training.check_stop()
                     if state.step == training.total_steps:
                         break
                     training.step()
@@ -51,12 +131,12 @@ def train(model, optimizer, dataset: dict, args, accelerator: Accelerator, check
             training.drop_step()
             training.require_numbers()
             checkpoints.leave(training.up_to_date(), training.stop)
-    print(accelerator.memory())
+    print(device.memory())
     if plan:
-        print(plan.compared(memory_used(accelerator.device)[1]))
+        print(plan.compared(memory_used(device.torch_device)[1]))
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
-    return {**facts_of_run(options, dataset["meta"], accelerator.name), **training.measured()}
+    return {**facts_of_run(options, dataset["meta"], device.name), **training.measured()}
 
 
 class Training:
@@ -66,13 +146,13 @@ class Training:
     batches and learning rate follow from the step.
     """
 
-    def __init__(self, model, optimizer, dataset: dict, args, accelerator: Accelerator, checkpoints: Checkpoints):
+    def __init__(self, model, optimizer, dataset: dict, args, device: Device, checkpoints: Checkpoints):
         self.model, self.optimizer, self.checkpoints = model, optimizer, checkpoints
-        self.args, self.accelerator = args, accelerator
+        self.args, self.device = args, device
         # what makes a CPU faster: rows without padding, and the same memory for each micro-batch's largest pieces
-        packed = accelerator.packs and model.let_pack(args.block_size)
-        model.reused.on = accelerator.packs and processes.count() == 1
-        shape = 0, args.block_size if accelerator.static_shapes else 0, args.train_on_prompt, packed
+        packed = device.packs and model.let_pack(args.block_size)
+        model.reused.on = device.packs and distributed.world_size() == 1
+        shape = 0, args.block_size if device.static_shapes else 0, args.train_on_prompt, packed
         self.batches = Batches(dataset["train"], args.batch_size, *shape)
         self.held_out = Batches(dataset["validation"], self.batches.batch_size, *shape)
         self.held_out_rows = list(range(min(args.eval_rows, len(self.held_out.lengths))))
@@ -81,13 +161,13 @@ class Training:
             print(f"--batch-size {args.batch_size} is more than the {rows} rows of the data: {rows} is used.")
         self.total_steps = args.max_train_steps or args.epochs * self.batches.steps_an_epoch
         self.trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.scaler = accelerator.gradient_scaler()
-        self.state = checkpoints.begin(model, optimizer, self.scaler, accelerator, self.total_steps, dataset["sha256"])
+        self.scaler = device.gradient_scaler()
+        self.state = checkpoints.begin(model, optimizer, self.scaler, device, self.total_steps, dataset["sha256"])
         self.batches.micro_batch_tokens = self.held_out.micro_batch_tokens = self.state.micro_batch_tokens
-        self.stop, self.clock = StopRequest(), Clock(accelerator, self.state.seconds)
-        self.random = accelerator.random_states()  # as the last finished step has left them
-        self.loss_sum = torch.tensor(self.state.loss_sum, device=accelerator.device)
-        self.finite = Finite(accelerator.device, self.scaler.is_enabled())
+        self.stop, self.clock = StopRequest(), Clock(device, self.state.seconds)
+        self.random = device.random_states()  # as the last finished step has left them
+        self.loss_sum = torch.tensor(self.state.loss_sum, device=device.torch_device)
+        self.finite = Finite(device.torch_device, self.scaler.is_enabled())
         of_log = args.save_dir, self.total_steps, self.state.step, self.state.records
         self.log = CurvesToo(*of_log) if args.report_to else TrainingLog(*of_log)
 
@@ -95,7 +175,7 @@ class Training:
         """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole
         batch: the loss, and so the gradients, of one padded batch, however it was split."""
         args, state, number = self.args, self.state, self.state.step + 1
-        rows = self.batches.rows_of(number, args.seed)
+        rows = self.batches.rows_for_step(number, args.seed)
         label_tokens = int(self.batches.label_counts[rows].sum())
         loss_sum = self.gradients(rows, label_tokens)
         while loss_sum is None:  # the memory was too small, the micro-batches are smaller now
@@ -119,31 +199,30 @@ class Training:
             state.tokens += int(self.batches.lengths[rows].sum())
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.random = self.accelerator.random_states()
+        self.random = self.device.random_states()
         state.step, state.reported = number, False
         self.log.bar.update()
 
     def gradients(self, rows: List[int], label_tokens: int) -> Optional[torch.Tensor]:
         """Add the gradients of these rows' mean loss to the weights'; the sum of the loss, float32 []. None where the
         memory was full: some gradients may be there, and the micro-batches will be smaller."""
-        total = torch.zeros((), device=self.accelerator.device)
+        total = torch.zeros((), device=self.device.torch_device)
         try:
             for micro_batch in self.batches.of(rows):
-                loss = losses.forward(self.model, micro_batch, self.accelerator)
+                loss = forward(self.model, micro_batch, self.device)
                 # of several processes the mean gradient is taken, and theirs are parts of one sum
-                self.scaler.scale(loss * processes.count() / label_tokens).backward()
+                self.scaler.scale(loss * distributed.world_size() / label_tokens).backward()
                 total += loss.detach()
-                self.stop.check()
-            processes.average_gradients(self.trained)
-            return processes.total(total)
+                self.check_stop()
+            distributed.average_gradients(self.trained)
+            return distributed.all_reduce_sum(total)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if not self.batches.make_smaller(rows):  # each row is alone already
-                less_memory[:] = [option for option in less_memory if option != "--micro-batch-tokens"]
+            if not self.batches.halve_micro_batches(rows):  # each row is alone already
                 raise
         tokens = self.state.micro_batch_tokens = self.held_out.micro_batch_tokens = self.batches.micro_batch_tokens
-        if processes.count() > 1:  # the others wait where this one has left them
+        if distributed.world_size() > 1:  # the others wait where this one has left them
             begin_again_with(tokens, self.args)
         self.log.say(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
         return None
@@ -154,9 +233,7 @@ class Training:
         held_out = None
         if self.held_out_rows and (step == 0 or last or (args.eval_step and step % args.eval_step == 0)):
             with self.clock.paused():
-                total = losses.total_loss(
-                    self.model, self.held_out, self.held_out_rows, self.accelerator, self.stop.check
-                )
+                total = total_loss(self.model, self.held_out, self.held_out_rows, self.device, self.check_stop)
                 held_out = total / int(self.held_out.label_counts[self.held_out_rows].sum())
         # from here to the end nothing stops it: what has been told is not told again
         if state.label_tokens and (step % args.log_interval == 0 or last):
@@ -182,6 +259,12 @@ class Training:
             self.require_numbers()
             return self.checkpoints.write(self.up_to_date(), self.stop)
 
+    def check_stop(self) -> None:
+        """Raise Stopped where any rank was asked to stop."""
+        self.stop.number = int(distributed.all_reduce_max([self.stop.number])[0])
+        if self.stop.number:
+            raise Stopped
+
     def require_numbers(self) -> None:
         self.end_at(self.finite.late())
         require_finite_weights(self.trained)
@@ -189,8 +272,8 @@ class Training:
     def drop_step(self) -> None:
         """As if the step under way had not been begun."""
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.set_random_states(self.random)
-        self.accelerator.release_memory()
+        self.device.set_random_states(self.random)
+        self.device.release_memory()
 
     def up_to_date(self) -> State:
         """The state with what the loop keeps elsewhere: a tensor on the device, a clock that runs."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
+import socket
 import tempfile
+import time
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Iterator, Sequence
 
-from common import UserError
+from common.support.exit import UserError
 
 
 def nearest_existing(path) -> Path:
@@ -22,7 +28,7 @@ def nearest_existing(path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists())
 
 
-def require_place(directory, option: str) -> None:
+def require_writable(directory, option: str) -> None:
     """UserError, which names `option`, where `directory` can't be made, or nothing may be written in it."""
     existing = nearest_existing(directory)
     if not existing.is_dir():
@@ -31,7 +37,7 @@ def require_place(directory, option: str) -> None:
         raise UserError(f"Nothing may be written in {existing}. Give another {option}.")
 
 
-def require_room(needed: int, directory, what: str) -> None:
+def require_disk_space(needed: int, directory, what: str) -> None:
     """UserError where the disk of `directory` has no room for `needed` bytes."""
     free = shutil.disk_usage(nearest_existing(directory)).free
     if needed > free:
@@ -42,7 +48,7 @@ def require_room(needed: int, directory, what: str) -> None:
 
 
 @contextmanager
-def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
+def atomic_write(path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yield the path at which to write the file, or the directory, that is to be at `path`.
 
     When the block ends it is on the disk and takes its place in one step; when it ends by an error (Ctrl-C is one)
@@ -66,7 +72,7 @@ def written_whole(path, stale: Sequence[str] = ()) -> Iterator[Path]:
 
 
 def remove_scratch(directory: Path) -> None:
-    """Remove what a process that was killed in `written_whole` has left beside and in a directory of ours."""
+    """Remove what a process that was killed in `atomic_write` has left beside and in a directory of ours."""
     directory = Path(os.path.realpath(directory))
     names = {directory.parent: re.escape(directory.name), directory: r"checkpoint-\d+|training_loss\.png|new"}
     names[directory] += f"|{names[directory.parent]}"
@@ -139,3 +145,54 @@ def _exchange(one: Path, other: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
+
+
+class Lock:
+    """`directory` for this process alone, until it ends: a lock that the system takes from a process that is killed
+    (https://man7.org/linux/man-pages/man2/flock.2.html). UserError, with who holds it, where another one does."""
+
+    held: set = set()  # by this process
+
+    def __init__(self, directory: Path):
+        self.path, self.made, self.handle = directory / ".training.lock", not directory.exists(), None
+        if os.path.realpath(self.path) in self.held:  # a second training in a notebook
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        while True:
+            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{directory} is in use: {self._holder()}. Wait until that has ended, or give another --save-dir."
+                ) from None
+            except OSError:  # a file system that has no locks
+                break
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
+                    break
+            os.close(self.handle)  # its holder has removed it in the meantime
+        self.held.add(os.path.realpath(self.path))
+        os.ftruncate(self.handle, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+        os.write(self.handle, json.dumps(holder).encode())
+        atexit.register(self.release)
+
+    def _holder(self) -> str:
+        try:
+            facts = json.loads(os.pread(self.handle, 1000, 0))
+            return f"process {facts['process']} on {facts['host']} trains there since {facts['since']}"
+        except (OSError, ValueError, KeyError, TypeError):  # it has just begun
+            return "another process trains there"
+
+    def release(self) -> None:
+        """Leave the directory to others, before the process ends."""
+        if self.handle is None:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+            if self.made:
+                os.rmdir(self.path.parent)  # only where nothing has come into it
+        os.close(self.handle)
+        self.handle = self.held.discard(os.path.realpath(self.path))

@@ -6,17 +6,16 @@ from typing import List, NamedTuple, Optional, Tuple
 
 import torch
 
-from common import processes
+from common import distributed
 
-IGNORED = -100  # the label of a position that carries no loss, as torch and transformers have it
+IGNORE_INDEX = -100  # the label of a position that carries no loss, as in torch and transformers
 
 
 class MicroBatch(NamedTuple):
     """Some rows of a batch, right-padded to the longest of them, or packed: one after the other, as a single row.
 
-    input_ids and labels are int64 [rows, length]; labels are the ids where there is a loss and IGNORED elsewhere (the
-    shift by one position is the loss's affair). attention_mask is int64 [rows, length], or None: with causal attention
-    a token never sees the padding to its right, and without a mask the fast attention kernels can be taken. Of packed
+    input_ids and labels are int64 [rows, length]; labels are the ids where there is a loss and IGNORE_INDEX elsewhere
+    (the loss shifts them by one position). attention_mask is int64 [rows, length], or None: with causal attention a token never sees the padding to its right, and without a mask the fast attention kernels can be taken. Of packed
     rows it is the tokens of each, int64 [1, 1, 1, rows] (model/packing.py).
     """
 
@@ -51,7 +50,7 @@ class Batches:
         self.steps_an_epoch = len(self.lengths) // self.batch_size
         self._ordered, self._order = None, []  # by which (epoch, seed), and how
 
-    def rows_of(self, step: int, seed: int) -> List[int]:
+    def rows_for_step(self, step: int, seed: int) -> List[int]:
         """The row numbers of `step`, from 1: any step's, in any order. An epoch's rows that fill no batch are left."""
         epoch, place = divmod(step - 1, self.steps_an_epoch)
         if (epoch, seed) != self._ordered:
@@ -68,7 +67,7 @@ class Batches:
         if self.static_length:
             return [self._static(rows)]
         of_all = [self._groups(share) for share in self.shares(rows)]
-        groups = of_all[processes.number()]
+        groups = of_all[distributed.rank()]
         found = [
             self._packed(group) if self.packed else self._padded(group, int(self.lengths[group[0]])) for group in groups
         ]
@@ -76,12 +75,12 @@ class Batches:
 
     def shares(self, rows: List[int]) -> List[List[int]]:
         """The rows of each process."""
-        parts = processes.count()
+        parts = distributed.world_size()
         return _balanced(self.lengths[rows].tolist(), rows, parts) if parts > 1 else [rows]
 
-    def make_smaller(self, rows: List[int]) -> bool:
+    def halve_micro_batches(self, rows: List[int]) -> bool:
         """Halve this process's largest micro-batch of these rows; False where each row is one of its own already."""
-        share = self.shares(rows)[processes.number()]
+        share = self.shares(rows)[distributed.rank()]
         groups = [] if self.static_length else self._groups(share)
         if self.static_length or len(groups) == len(share):
             return False
@@ -115,7 +114,7 @@ class Batches:
     def _padded(self, rows: List[int], length: int, height: int = 0) -> MicroBatch:
         # any id will do as padding: it has no label, and no token of the row sees it
         input_ids = torch.zeros((max(height, len(rows)), length), dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
         for place, row in enumerate(rows):
             ids, row_labels = self._row(row)
             input_ids[place, : len(ids)], labels[place, : len(ids)] = ids, row_labels
@@ -124,7 +123,7 @@ class Batches:
     def _packed(self, rows: List[int]) -> MicroBatch:
         ids, labels = zip(*map(self._row, rows))
         for of_row in labels:
-            of_row[0] = IGNORED  # before it stands another row's last token, which does not predict it
+            of_row[0] = IGNORE_INDEX  # before it stands another row's last token, which does not predict it
         return MicroBatch(torch.cat(ids)[None], torch.cat(labels)[None], self.lengths[rows].long()[None, None, None])
 
     def _row(self, row: int) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +131,7 @@ class Batches:
         begin, end = int(self.split["offsets"][row]), int(self.split["offsets"][row + 1])
         ids = self.split["input_ids"][begin:end].long()
         with_loss = torch.as_tensor(self.train_on_prompt or self.split["loss_mask"][begin:end])
-        return ids, torch.where(with_loss, ids, IGNORED)
+        return ids, torch.where(with_loss, ids, IGNORE_INDEX)
 
 
 def _balanced(lengths: List[int], rows: List[int], parts: int) -> List[List[int]]:

@@ -1,0 +1,318 @@
+"""How a script starts and ends: errors of one line, Ctrl-C and SIGTERM, a closed pipe, and which rank prints.
+
+Every script ends with
+
+    if __name__ == "__main__":
+        run(main)
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Callable, Optional
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
+INTERRUPTED = "Interrupted. Run the same command again to continue."
+CLOSED_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ends
+# Windows has no SIGHUP.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class UserError(Exception):
+    """A mistake that the user can fix. The message is one line: what happened, and what to do next."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP, raised as an exception so that files under way are cleaned up."""
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`, and end the process: what goes wrong is one line and an exit status, never a traceback.
+
+    The exit status is 0, 2 for a UserError, 1 for an error in our code, and 128 + the number of a signal.
+    """
+    # Threads that wait for work sleep, so that other programs get the cores. libgomp reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Line by line, so that our own print meets a closed pipe (`| head`), and not a library that hides the error.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, _terminate)
+    if _rank() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    try:
+        main()
+        status = 0
+    except BaseException as error:
+        status = _report(error)
+        if world_size() > 1:
+            _leave_at_once(status)
+    if world_size() > 1:
+        _leave_group()
+        _leave_at_once(status)
+    status = _flush() or status
+    if status == 128 + signal.SIGINT:
+        # Die by the signal itself, so that a shell loop around the script stops as well.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        atexit._run_exitfuncs()
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status)
+
+
+def _terminate(number, _) -> None:
+    for other in STOP_SIGNALS:  # `timeout` and torchrun send the signal twice
+        signal.signal(other, signal.SIG_IGN)
+    raise Terminated(128 + number)
+
+
+# ------------------------------------------------------------------------------------------------ one line an error
+
+
+def _report(error: BaseException) -> int:
+    """Print one line about `error`, on one rank; the exit status."""
+    # torch.save, once interrupted, raises a RuntimeError of its own
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt, SystemExit)):
+        error = error.__context__
+    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+        return error.code if isinstance(error.code, int) else int(bool(error.code))
+    if isinstance(error, BrokenPipeError):
+        return CLOSED_PIPE
+    peer_failed = is_peer_failure(error)
+    if world_size() > 1 and not _is_my_turn_to_print(error, peer_failed):
+        return _status_of(error)
+    sys.stderr = sys.__stderr__
+    if peer_failed:
+        line = "error: another process failed; see torchrun's report (Root Cause) below."
+    elif isinstance(error, (KeyboardInterrupt, Terminated)):
+        line = f"\n{INTERRUPTED}"
+    else:
+        message = _one_line(error)
+        lines = traceback.format_exception(type(error), error, error.__traceback__)
+        line = f"error: {message}" if message else "".join(lines).rstrip()
+    if _rank() > 0:
+        line = f"\n{line}"  # the progress bar of rank 0 may stand in this line of the terminal
+    print(without_secrets(line), file=sys.stderr)
+    return _status_of(error)
+
+
+def _status_of(error: BaseException) -> int:
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    if isinstance(error, Terminated):
+        return error.code
+    return 2 if _one_line(error) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    """What to print of an error that a user can do something about; "" for an error in our code."""
+    path = getattr(error, "filename", None) or "a file"
+    if isinstance(error, UserError):
+        return str(error)
+    if is_out_of_memory(error):
+        return f"Out of memory ({short_message(error, 120)}). Close other programs or use a larger machine."
+    if isinstance(error, ModuleNotFoundError) and error.name and requirements_file_for(error.name):
+        return install_hint(error.name)
+    if disk_problem(error):
+        return f"Cannot write {path}: {disk_problem(error)}. Free disk space or choose another path."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
+        return f"Cannot write {path}: {error.strerror}. Choose another path."
+    return ""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device's memory, or the main memory, was full: torch says so in several ways."""
+    signs = (
+        "out of memory",
+        "DefaultCPUAllocator",
+        "an't allocate memory",
+        "annot allocate memory",
+        "bad_alloc",
+        "could not create a primitive",  # oneDNN
+        "could not create a memory",
+    )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def disk_problem(error: Optional[BaseException]) -> str:
+    """What is wrong with a disk that takes no more data, whatever library reports it; "" for any other error."""
+    if error is None:
+        return ""
+    # torch.distributed.checkpoint collects the errors of all ranks
+    causes = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
+    for cause in causes:
+        if disk_problem(cause):
+            return disk_problem(cause)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = os.strerror(number)
+        # safetensors and tokenizers report an error of Rust, torch its own text
+        texts = rf"\(os error {number}\)|Os {{ code: {number},|failed with {reason}"
+        if getattr(error, "errno", None) == number or re.search(texts, str(error)):
+            return reason
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
+        return os.strerror(errno.ENOSPC)  # torch.save does not say why it could not write
+    return ""
+
+
+def short_message(error: BaseException, length: int = 200) -> str:
+    """The message of a library's error in one line, as a part of ours."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message, as a part of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def without_secrets(text: str) -> str:
+    """`text` without the user's access token of the hub, and without anything that looks like one."""
+    tokens = [word[len("--token=") :] for word in sys.argv if word.startswith("--token=")]
+    tokens += [value for option, value in zip(sys.argv, sys.argv[1:]) if option == "--token"]
+    tokens += [os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    for token in tokens:
+        if token:
+            text = text.replace(token, "***")
+    return re.sub(r"\bhf_\w{8,}", "***", text)
+
+
+def requirements_file_for(module: str) -> str:
+    """The requirements file that lists the package of `module`, "" where none does.
+
+    Where several files list it, that of the running script's tutorial.
+    """
+    package = module.split(".")[0].replace("_", "-")
+    files = [
+        path.stem
+        for path in sorted(REQUIREMENTS.glob("requirements_*.txt"))
+        if re.search(rf"(?m)^{package}\b(?!-)", path.read_text(encoding="utf-8").replace("_", "-"))
+    ]
+    of_script = [file for file in files if file[len("requirements_") :] in Path(sys.argv[0]).stem]
+    chosen = max(of_script, key=len, default=files[0] if files else "")
+    return f"requirements/{chosen}.txt" if chosen else ""
+
+
+def install_hint(module: str) -> str:
+    """The line for a package that is not installed."""
+    return f"{module.split('.')[0]} is not installed: pip install -r {requirements_file_for(module)}"
+
+
+def _flush() -> int:
+    """Write out what is still buffered; the exit status where nobody reads it (a closed pipe) or the disk is full."""
+    try:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:
+        status = CLOSED_PIPE
+    except OSError as error:
+        os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another place for it.\n".encode())
+        status = 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    return status
+
+
+# ------------------------------------------------------------------------------------------------ a signal as a request
+
+
+class Stopped(Exception):
+    """Somebody asked the training to stop."""
+
+
+class StopRequest:
+    """Inside `with`, Ctrl-C and SIGTERM are requests: `number` is the signal that came, or 0.
+
+    A second Ctrl-C ends the script at once. A second SIGTERM changes nothing: schedulers send it to the whole group.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self.at_once = False
+        self._handlers: dict = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # only there can handlers be set
+            numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                numbers.append(signal.SIGINT)
+            self._handlers = {number: signal.signal(number, self._hear) for number in numbers}
+        return self
+
+    def __exit__(self, kind, error, _) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self.number and kind is None:  # the signal came after the last check
+            os.kill(os.getpid(), self.number)
+        if self.number and error is not None and is_peer_failure(error):
+            raise Terminated(128 + self.number) from None  # the other ranks have heard the signal as well
+
+    def _hear(self, number, _) -> None:
+        if self.number and number == signal.SIGINT:
+            self.at_once = True
+            raise KeyboardInterrupt
+        self.number = self.number or number
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started together."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Whether the error says that another rank is gone."""
+    if world_size() == 1:
+        return False
+    if any(is_peer_failure(failure[0]) for failure in getattr(error, "failures", {}).values()):
+        return True
+    signs = "closed by peer|reset by peer|Broken pipe|[gG]loo|NCCL|TCPStore"
+    by_torch = type(error).__name__.startswith("Dist") or re.search(signs, str(error))
+    return isinstance(error, RuntimeError) and bool(by_torch)
+
+
+def _is_my_turn_to_print(error: BaseException, peer_failed: bool) -> bool:
+    """Whether this rank prints the error: rank 0 where all ranks meet it, else the one that does.
+
+    torchrun ends all other ranks as soon as one has failed. So a rank that is still alive after a while is alone with
+    its error.
+    """
+    if isinstance(error, Terminated):
+        return False  # torchrun says which rank failed
+    if isinstance(error, KeyboardInterrupt):
+        return _rank() == 0  # torchrun hands Ctrl-C to all ranks
+    if peer_failed:
+        time.sleep(5)
+        return _rank() == 0
+    if _rank() > 0:
+        time.sleep(2 + 0.25 * _rank())
+    return True
+
+
+def _leave_group() -> None:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _leave_at_once(status: int) -> None:
+    """End without Python's own clean-up, in which a thread of the process group can abort the process."""
+    atexit._run_exitfuncs()
+    _flush()
+    os._exit(status)
