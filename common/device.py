@@ -75,9 +75,9 @@ class Device(NamedTuple):
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def memory(self) -> str:
+    def memory_line(self) -> str:
         """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
-        used, peak = memory_used(self.torch_device, self.static_shapes)
+        used, peak = memory_used(self)
         if not peak:
             return "Memory: see moreh-smi" if self.static_shapes else f"Memory: not known, {install_hint('psutil')}"
         total = total_memory(self.torch_device)
@@ -87,11 +87,11 @@ class Device(NamedTuple):
 
     def room_for_training(self, model: torch.nn.Module, options):
         """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
-        forget_peak(self.torch_device)
+        reset_peak(self)
         # a trained weight has a gradient like itself and AdamW's two states, float32; of several processes each a slice
         own = [(w.to_local() if hasattr(w, "to_local") else w, w.requires_grad) for w in model.parameters()]
         fixed = sum(w.numel() * (2 * w.element_size() + 8 if trained else w.element_size()) for w, trained in own)
-        return room_for("weights, gradients and AdamW's states", fixed, self.torch_device, options)
+        return explain_out_of_memory("weights, gradients and AdamW's states", fixed, self.torch_device, options)
 
 
 def start_device(seed: int, deterministic: bool = False) -> Device:
@@ -153,12 +153,12 @@ def _cpu_has_bf16() -> bool:
     return False
 
 
-def memory_used(device: torch.device, static_shapes: bool = False) -> List[int]:
+def memory_used(device) -> List[int]:
     """Bytes of the device's memory that a process holds, now and at most so far, of several the largest; 0 and 0 where
     nothing tells."""
-    if static_shapes:
+    if device.static_shapes:
         return [0, 0]
-    if device.type == "cuda":
+    if device.torch_device.type == "cuda":
         return distributed.all_reduce_max([torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()])
     try:
         import psutil
@@ -173,10 +173,10 @@ def memory_used(device: torch.device, static_shapes: bool = False) -> List[int]:
     )
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device) -> None:
     """From here on the peak is that of the training, and not what reading a model's files took."""
     gc.collect()
-    if device.type == "cuda" and not hasattr(torch, "moreh"):
+    if device.torch_device.type == "cuda" and not hasattr(torch, "moreh"):
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as marks:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
@@ -184,7 +184,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def room_for(what: str, needed: int, device: torch.device, options=()):
+def explain_out_of_memory(what: str, needed: int, device: torch.device, options=()):
     """Inside, a full memory ends in one line: that `what` takes `needed` bytes, what there is, which options help."""
     try:
         yield

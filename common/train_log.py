@@ -293,3 +293,14 @@ def print_answers(question: str, answers: Dict[str, str]) -> None:
         table.add_column(heading, ratio=1, overflow="fold")
     table.add_row(*map(Text, answers.values()))  # as Text, because rich reads [INST] as its markup
     Console().print(table)
+
+
+def TrainLog(save_dir, total_steps, step, records, report_to):
+    kind = CurvesToo if report_to else TrainingLog
+    return kind(save_dir, total_steps, step, records)
+
+
+TrainingLog.log_train = TrainingLog.training_loss
+TrainingLog.log_eval = TrainingLog.held_out_loss
+TrainingLog.write_line = TrainingLog.say
+run_facts = facts_of_run

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Iterator, Optional
+from typing import Iterator, NamedTuple, Optional
 
 from common import distributed
+from common.checkpoint import Checkpoint
 from common.device import Device, total_memory
 from common.support.exit import UserError
 from common.support.model_dir import base_of
@@ -19,36 +20,49 @@ OPTIONS = {"full": "", "lora": " --use-lora", "lora_4bit": " --use-lora --load-i
 WORDS = {"--use-lora", "--no-use-lora", "--load-in-4bit", "--load-in-8bit", "--no-quantization"}
 
 
-def plan_training(args, device: Device, before: dict) -> Optional[Plan]:
-    """Print what the training of `args` will take, and settle what is left open: args.gradient_checkpointing (None) and
-    args.micro_batch_tokens (0) become what fits the device's total memory, so that the same command is the same run.
+class TrainingPlan(NamedTuple):
+    """How a training is run, and what memory it is predicted to take."""
 
-    before: the state of a run that goes on (State), whose choice is kept. None where nothing can be said: on
-    MoAI Platform, which splits a model by itself, with a torch that is too old, and of a model that can't be built
-    (loading it tells why). UserError where weights, gradients and optimizer states alone are more than the device has,
-    with the command that fits.
+    micro_batch_tokens: int
+    gradient_checkpointing: bool
+    prediction: Optional[Plan] = None  # None on MoAI Platform, with an old torch, and for a model that can't be built
+
+
+def plan_training(args, device: Device, resume: Optional[Checkpoint] = None) -> TrainingPlan:
+    """Choose micro-batches and gradient checkpointing that fit into the device's memory, and print what they take.
+
+    What the command says is not changed, and a resumed run keeps its choice. UserError where weights, gradients and
+    optimizer states alone are more than the device has, with the command that fits.
     """
-    before = distributed.broadcast_object(before)  # which alone has looked for checkpoints
+    tokens = args.micro_batch_tokens
+    checkpointing = args.gradient_checkpointing
+    if resume:
+        if tokens == resume.options["micro_batch_tokens"]:  # no other value than for the interrupted command
+            tokens = resume.state["micro_batch_tokens"]
+        if checkpointing is None:
+            checkpointing = resume.state["gradient_checkpointing"]
     if not device.static_shapes and can_count():
         try:
-            return _plan_training(args, device, before)
-        except NoPlan:
+            return _plan_training(args, device, tokens, checkpointing)
+        except NoPlan:  # loading the model says why
             pass
-    args.gradient_checkpointing = bool(args.gradient_checkpointing)
-    return None
+    return TrainingPlan(tokens or device.micro_batch_tokens, bool(checkpointing))
 
 
-def _plan_training(args, device: Device, before: dict) -> Plan:
+def _plan_training(args, device: Device, tokens: int, checkpointing: Optional[bool]) -> TrainingPlan:
+    """The same for a model that can be planned. tokens 0 and checkpointing None: to be chosen."""
     config = config_of(base_of(args.model_name_or_path))
-    may_checkpoint, memory = can_checkpoint(config), memory_of(device)
-    tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
-    checkpointing = args.gradient_checkpointing
-    if checkpointing is None:
-        checkpointing = before.get("gradient_checkpointing", None if may_checkpoint else False)
+    memory = memory_of(device)
+    if checkpointing is None and not can_checkpoint(config):
+        checkpointing = False
+    method = "full"
+    if args.use_lora:
+        method = next((name for name, bits in BITS.items() if bits == args.bits), "lora")
+    micro_batch_tokens = tokens or device.micro_batch_tokens
     way = Way(
-        method=next((name for name, bits in BITS.items() if bits == args.bits), "lora") if args.use_lora else "full",
+        method=method,
         checkpointing=bool(checkpointing),
-        tokens=min(tokens or device.micro_batch_tokens, args.batch_size * args.block_size),
+        tokens=min(micro_batch_tokens, args.batch_size * args.block_size),
         length=args.block_size,
         dtype=device.dtype,
         device=device.torch_device.type,
@@ -56,9 +70,8 @@ def _plan_training(args, device: Device, before: dict) -> Plan:
         lora=(args.lora_r, args.lora_dropout, tuple(args.lora_target_modules)),
     )
     planned = best(config, ways(way, tokens == 0, checkpointing is None), memory)
-    args.gradient_checkpointing = planned.way.checkpointing
     if tokens == 0 and planned.way.tokens < way.tokens:
-        args.micro_batch_tokens = planned.way.tokens
+        micro_batch_tokens = planned.way.tokens
     print(*planned.lines, sep="\n")
     if planned.state > memory:
         raise UserError(
@@ -70,7 +83,7 @@ def _plan_training(args, device: Device, before: dict) -> Plan:
             f"Plan: that may be more than the {memory / 1e9:.1f} GB of the device. A smaller --block-size takes less. "
             f"{_what_fits(config, planned.way, memory)}"
         )
-    return planned
+    return TrainingPlan(micro_batch_tokens, planned.way.checkpointing, planned)
 
 
 def memory_of(device: Device) -> float:

@@ -13,9 +13,9 @@ from torch import nn
 from transformers import GenerationConfig
 
 from common import distributed
-from common.checkpoint import FULL_MEMORY, checkpoints_in
+from common.checkpoint import list_checkpoints
 from common.dataset_file import stop_token_ids
-from common.device import room_for
+from common.device import explain_out_of_memory
 from common.support.cli import memory_saving_options
 from common.support.exit import UserError, disk_problem, short_message, without_secrets
 from common.support.files import atomic_write, require_disk_space, weights_fingerprint
@@ -36,37 +36,38 @@ OF_A_MODEL = (
 )  # fmt: skip
 
 
-def load_to_train(args, device) -> CausalLMLoss:
+def load_for_training(args, plan, device) -> CausalLMLoss:
     """The model of `args` on the device with its loss, one module, ready to train.
 
     All its weights, in float32: bfloat16 keeps 8 bits of a weight, so steps of 1e-5 would be rounded away; the products
-    are in 16 bit all the same (Device.autocast). With `args.use_lora` an adapter in float32 on a base that stays
-    as it is, and so can be in 16 bit, or in `args.bits`; of an adapter's directory that adapter, on its base.
-    UserError, before the training and not after it, where the result would not fit on the disk.
+    are in 16 bit all the same (Device.autocast). With `args.use_lora` an adapter in float32 on a frozen base, which can
+    be in 16 bit, or in `args.bits`; where `args` name an adapter, that adapter on its base. `plan` says whether with
+    gradient checkpointing. UserError, before the training and not after it, where the result would not fit on the disk.
     """
     directory = base_of(args.model_name_or_path)
-    for path in sorted({directory, args.model_name_or_path}):  # in one order in all processes
+    for path in sorted({directory, args.model_name_or_path}):  # in one order on all ranks
         distributed.require_same_on_all_ranks(weights_fingerprint(path), f"the model {path}")
     stored = how_stored(directory)
+    bits = args.bits
     if args.use_lora:
-        args.bits = bits_to_use(stored, args.bits or None, directory)
+        bits = bits_to_use(stored, args.bits or None, directory)
     else:
         in_16_bit = 16 // min(16, stored.bits)  # how many times as large as the base's files
         require_disk_space(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
     dtype = device.dtype if args.use_lora else torch.float32
-    if distributed.world_size() > 1 and not args.bits:
+    if distributed.world_size() > 1 and not bits:
         from model.sharding import load_in_shards  # not there before torch 2.6
 
         module = load_in_shards(directory, stored, dtype, device)
     else:
-        base = load_model(directory, device.torch_device, dtype, args.bits, memory_saving_options(args))
-        module = CausalLMLoss(base, static_shapes=device.static_shapes)
+        base = load_model(directory, device.torch_device, dtype, bits, memory_saving_options(args))
+        module = CausalLMLoss(base, static_shapes=device.static_shapes, bits=bits)
     base = module.model
     if args.use_lora:
         module.model = _with_adapter(base, directory, args)
     if not device.static_shapes:  # there each new shape is compiled, for minutes
         module.require_causal(directory)
-    if args.gradient_checkpointing:
+    if plan.gradient_checkpointing:
         if not base.supports_gradient_checkpointing:
             raise UserError(f"--gradient-checkpointing: {base.config.model_type} has none. Leave the option out.")
         enable_checkpointing(base)
@@ -108,7 +109,9 @@ def load_model(
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device, options):
+    with explain_out_of_memory(
+        f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device, options
+    ):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
@@ -139,7 +142,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
     # a run that is finished needs its checkpoints no more: they go in the step in which the model comes
-    checkpoints = [path.name for path in checkpoints_in(save_dir)] + [FULL_MEMORY] if run else []
+    checkpoints = [path.name for path in list_checkpoints(save_dir)] if run else []
     try:
         with distributed.on_main_process(lambda: atomic_write(save_dir, stale=(*OF_A_MODEL, *checkpoints))) as new:
             _write(network, tokenizer, new, save_dir, base, run or {})

@@ -11,8 +11,7 @@ from torch import nn
 from common.batches import IGNORE_INDEX
 from common.support.exit import UserError
 from common.trainer import eval_mode
-from model.packing import is_packed, let_pack, positions
-from model.reused import Reused
+from model.packing import enable_packing, packed_inputs
 
 # float32 logits that exist at once: 64 MB on a CPU, 512 MB on an device
 CHUNK_ELEMENTS = {"cpu": 2**24}
@@ -22,21 +21,21 @@ CHUNK_ELEMENTS_ELSEWHERE = 2**27
 class CausalLMLoss(nn.Module):
     """Any causal language model of transformers, with its loss: one module, one forward.
 
-    forward(input_ids int64 [rows, length], labels int64 [rows, length], attention_mask or None) returns the *sum* of
-    the cross entropy over the label positions, float32 []. Divided by the label tokens of a whole batch and added up
-    over its micro-batches, it is the loss of the one padded batch.
+    Its forward takes the fields of a MicroBatch and returns the *sum* of the cross entropy over the label positions,
+    float32 []. Divided by the label tokens of a whole batch and added up over its micro-batches, that is the loss of
+    the one padded batch. `bits` is 4 or 8 where the base is quantized, else 0.
 
     Where the output layer is a plain matrix product, only positions with a label go through it, a chunk at a time.
     Where the model does more to its logits (scaling: Granite, Cohere; soft cap: Gemma 2), and with `static_shapes`,
     where picking positions would make a new shape each step, the model's own forward makes the logits.
     """
 
-    def __init__(self, model: nn.Module, static_shapes: bool = False):
+    def __init__(self, model: nn.Module, static_shapes: bool = False, bits: int = 0):
         super().__init__()
         self.model = model
+        self.bits = bits
         # None: asked at the first forward, for a model on the meta device, or in shards, can't answer before
         self.own_head: Optional[bool] = True if static_shapes else None
-        self.reused = Reused()
 
     @property
     def network(self) -> nn.Module:
@@ -44,14 +43,18 @@ class CausalLMLoss(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Optional[torch.Tensor] = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: Optional[torch.Tensor] = None,
+        cu_seq_lens: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         network = self.network
         if self.own_head is None:
             self.own_head = not has_plain_head(network)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if is_packed(attention_mask):
-            batch["position_ids"] = positions(attention_mask)
+        if cu_seq_lens is not None:
+            batch.update(packed_inputs(cu_seq_lens))
         targets = labels[:, 1:]  # the hidden state of a position predicts the next token
         if self.own_head:
             logits = network(**batch).logits[:, :-1]
@@ -59,18 +62,16 @@ class CausalLMLoss(nn.Module):
                 logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
             )
         head = network.get_output_embeddings()
-        with self.reused.gradients_in_place(head, network.get_input_embeddings()):
-            hidden = network.base_model(**batch)[0]
+        hidden = network.base_model(**batch)[0]
         chosen = targets != IGNORE_INDEX
         weight, bias = head.weight, head.bias
         if not torch.is_grad_enabled():  # a Function makes gradients for whatever asks for them, even then
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        given = hidden[:, :-1][chosen], weight, bias, targets[chosen]
-        return ChunkedCrossEntropy.apply(*given, chunk_of(hidden.device), self.reused)
+        return ChunkedCrossEntropy.apply(hidden[:, :-1][chosen], weight, bias, targets[chosen], chunk_of(hidden.device))
 
-    def let_pack(self, longest: int) -> bool:
-        """Whether it takes packed rows of at most `longest` tokens from here on."""
-        return let_pack(self.network, longest)
+    def enable_packing(self, longest: int) -> bool:
+        """Let the model take packed rows of at most `longest` tokens; whether it can."""
+        return enable_packing(self.network, longest)
 
     def require_causal(self, model_dir: str) -> None:
         """UserError where a position of the model sees later tokens."""
@@ -86,27 +87,27 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross entropy of `hidden @ weight.T + bias`, its gradients made in the forward pass.
 
     hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions];
-    elements: of the logits that may exist at once, in the memory of `reused`.
+    elements: of the logits that may exist at once.
     While a chunk's logits are there, its gradients cost two matrix products, and nothing has to be kept or computed
     again: the idea of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989), in plain torch.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, elements, reused):
+    def forward(ctx, hidden, weight, bias, targets, elements):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # in float32 where several processes have gathered a weight in 16 bit: it is a sum over the chunks
-        grad_weight = reused.empty("sum", weight.shape, torch.float32, weight.device).zero_() if need_weight else None
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         # under autocast a product of slices tells the type of all the products; converting once beats once a chunk
         dtype = F.linear(hidden[:1], weight[:1]).dtype
         product_weight = weight.to(dtype)
         rows = max(1, min(len(hidden), elements // len(weight)))
-        of_product = reused.empty("product", (rows, len(weight)), dtype, hidden.device)  # all chunks use it
+        of_product = torch.empty((rows, len(weight)), dtype=dtype, device=hidden.device)  # all chunks use it
         in_float32 = of_product
         if dtype != torch.float32:
-            in_float32 = reused.empty("logits", of_product.shape, torch.float32, hidden.device)
+            in_float32 = torch.empty(of_product.shape, dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), rows):
             part, target = hidden[start : start + rows].to(dtype), targets[start : start + rows]
             product = torch.mm(part, product_weight.t(), out=of_product[: len(part)])
@@ -132,16 +133,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             elif need_weight:
                 grad_weight += grad.t() @ part
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.add_to = weight.grad if need_weight and reused.on else None
         return total
 
     @staticmethod
     def backward(ctx, grad_output):
         of_hidden, of_weight, of_bias = (None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors)
-        if ctx.add_to is not None:  # and not autograd, which would ask for new memory
-            ctx.add_to += of_weight
-            of_weight = None
-        return of_hidden, of_weight, of_bias, None, None, None
+        return of_hidden, of_weight, of_bias, None, None
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -16,7 +16,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.loss import ChunkedCrossEntropy
-from model.reused import Reused
 
 MOST_CALLS = 50_000  # a Transformer of 80 layers makes some 15,000; Mamba without its kernels one for each token
 
@@ -72,7 +71,7 @@ def measure(model: nn.Module, rows: int, length: int, dtype: torch.dtype, chunk_
                     chosen = hidden[:, :-1].flatten(0, 1)
                     del hidden
                     loss = ChunkedCrossEntropy.apply(
-                        chosen, head.weight, head.bias, ids[:, 1:].flatten(), chunk_elements, Reused()
+                        chosen, head.weight, head.bias, ids[:, 1:].flatten(), chunk_elements
                     )
                     del chosen
                 else:

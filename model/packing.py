@@ -1,70 +1,78 @@
-"""Rows one after the other in one, without padding: each is calculated as if it were alone."""
+"""Rows packed one after the other, without padding: each attends to itself alone."""
 
 from __future__ import annotations
-
-from typing import Optional
 
 import torch
 from torch import nn
 
 from common.trainer import eval_mode
 
-BY_ROW = "by_row"  # the name of `attend_by_row` among transformers' attentions
+PACKED = "packed"  # the name of `packed_attention` among transformers' attention implementations
 
 
-def attend_by_row(module, query, key, value, attention_mask, **options):
-    """Causal attention inside of each row, as transformers' AttentionInterface wants it.
+def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
+    """Causal attention inside of each row, in the form of transformers' AttentionInterface.
 
-    query, key, value [1, heads, tokens, width]; attention_mask int64 [1, 1, 1, rows]: the tokens of each row. Any other
-    is a mask as ever.
+    query, key, value [1, heads, tokens, width]; cu_seq_lens_q int32 [rows + 1]: where each row begins. Without it, this
+    is transformers' own attention.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward as attend
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if not is_packed(attention_mask):
-        return attend(module, query, key, value, attention_mask, **options)
-    lengths = attention_mask.flatten().tolist()
-    rows = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)))
-    return torch.cat([attend(module, *row, None, **options)[0] for row in rows], dim=1), None
-
-
-def is_packed(attention_mask: Optional[torch.Tensor]) -> bool:
-    """Whether it is the lengths of packed rows. A mask of four dimensions is handed on by transformers as it is."""
-    return attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int64
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    lengths = cu_seq_lens_q.diff().tolist()
+    outputs = []
+    for row in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
+        output, _ = sdpa_attention_forward(module, *row, None, **options)
+        outputs.append(output)
+    return torch.cat(outputs, dim=1), None
 
 
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """The positions of the tokens of packed rows, int64 [1, tokens]: each row begins at 0."""
-    return torch.cat([torch.arange(length) for length in attention_mask.flatten().tolist()])[None].to(attention_mask)
+def packed_mask(*args, attention_mask=None, **options):
+    """The mask for `packed_attention`: none, unless there is padding."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None:
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **options)
 
 
-def let_pack(model: nn.Module, longest: int) -> bool:
-    """Change the attention of a model of transformers so that it takes packed rows; whether it can take them.
+def packed_inputs(cu_seq_lens: torch.Tensor) -> dict:
+    """The keyword arguments with which a model of transformers gets packed rows; each row's positions begin at 0."""
+    positions = torch.cat([torch.arange(length) for length in cu_seq_lens.diff().tolist()])
+    return {"cu_seq_lens_q": cu_seq_lens, "position_ids": positions[None].to(cu_seq_lens.device)}
 
-    Asked of the model itself: twelve tokens as two packed rows must give the logits of both rows alone. Where they do
-    not (a state that goes on from token to token, attention of the model's own), or where rows may be longer than the
-    window that a token sees, of `longest` tokens, the model is left as it was.
+
+def enable_packing(model: nn.Module, longest: int) -> bool:
+    """Give a model of transformers `packed_attention`; whether it can take packed rows.
+
+    Rows of up to `longest` tokens must be inside of the window that a token sees. Then the model itself is asked:
+    twelve tokens as two packed rows must give the logits of both rows alone. A model that fails (because a state goes on from
+    token to token, because it has an attention of its own, or because it does not pass cu_seq_lens_q on) is left as it
+    was, and its rows are padded.
     """
-    config = model.config
+    config = getattr(model.config, "text_config", model.config)
     windows = [getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size")]
-    if getattr(config, "_attn_implementation", "") not in ("sdpa", BY_ROW) or min(windows) < longest:
+    if getattr(model.config, "_attn_implementation", "") not in ("sdpa", PACKED) or min(windows) < longest:
         return False
-    ids = torch.arange(12, device=model.device)[None] + len(model.get_input_embeddings().weight) // 2
-    packs = False
+    input_ids = torch.arange(12, device=model.device)[None] + len(model.get_input_embeddings().weight) // 2
+    works = False
     try:
         from transformers import AttentionInterface, AttentionMaskInterface  # 4.53 and newer
-        from transformers.masking_utils import sdpa_mask
 
         with eval_mode(model):
-            one_row, *alone = (model(input_ids=part, use_cache=False).logits for part in (ids, ids[:, :6], ids[:, 6:]))
-            expected = torch.cat(alone, dim=1)
-            AttentionInterface.register(BY_ROW, attend_by_row)
-            AttentionMaskInterface.register(BY_ROW, sdpa_mask)
-            model.set_attn_implementation(BY_ROW)
-            mask = torch.tensor([[[[6, 6]]]], device=model.device)
-            found = model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
-            packs = bool((found - expected).abs().max() < 0.02 * (one_row - expected).abs().max())
-    except Exception:  # a model that does not know how fails in whatever way
+            first = model(input_ids=input_ids[:, :6], use_cache=False).logits
+            second = model(input_ids=input_ids[:, 6:], use_cache=False).logits
+            as_one_row = model(input_ids=input_ids, use_cache=False).logits
+            AttentionInterface.register(PACKED, packed_attention)
+            AttentionMaskInterface.register(PACKED, packed_mask)
+            model.set_attn_implementation(PACKED)
+            cu_seq_lens = torch.tensor([0, 6, 12], dtype=torch.int32, device=model.device)
+            packed = model(input_ids=input_ids, use_cache=False, **packed_inputs(cu_seq_lens)).logits
+        expected = torch.cat([first, second], dim=1)
+        works = bool((packed - expected).abs().max() < 0.02 * (as_one_row - expected).abs().max())
+    except Exception:  # a model that cannot do it fails in many ways
         pass
-    if not packs and hasattr(model, "set_attn_implementation"):
+    if not works and hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("sdpa")
-    return packs
+    return works

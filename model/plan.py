@@ -64,7 +64,7 @@ class Plan(NamedTuple):
             f"on the disk: result {gb['result']}, each checkpoint {gb['checkpoint']} GB",
         )
 
-    def compared(self, measured: int) -> str:
+    def compare_with_measured(self, measured: int) -> str:
         """The line at the end of a training: what was predicted, and the `measured` bytes; 0: not known."""
         predicted = self.peak - (self.program if self.way.device == "cuda" else 0)  # torch does not count its kernels
         taken = f"{measured / 1e9:.2f} GB measured ({predicted / measured - 1:+.0%})" if measured else "not measured"

@@ -17,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import inference_arguments
 from common.support.exit import run
 from common.support.model_dir import require_model
-from common.tokenization import load_tokenizer
-from dataset.questions import load_questions
 from dataset.templates import instruction
 
 TASK = """Write a Python function that merges two sorted lists of numbers into one sorted list without calling sort.
@@ -29,14 +27,17 @@ TRAIN = "Run python tutorial/train_gpt.py first, or give a directory with --mode
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./code_generation")
     require_model(args.model_name_or_path, hint=TRAIN, template=instruction)
-    # a row without its answer, and the template of the training: the model is asked in the format in which it learned
-    question = {"instruction": args.prompt or TASK, "output": ""}
-    questions = load_questions(args, instruction, question)  # this one, or with --save-path those of --prompt-file
 
-    # imported below the arguments, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device
+    from common.tokenization import load_tokenizer
+    from dataset.questions import load_questions
     from model.generation import answer_rows, stream_answer
     from model.loading import load_model
+
+    # The same template as in training, with an empty answer.
+    question = {"instruction": args.prompt or TASK, "output": ""}
+    questions = load_questions(args, instruction, question)  # this one, or with --save-path those of --prompt-file
 
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)

@@ -17,8 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import inference_arguments
 from common.support.exit import run
 from common.support.model_dir import require_model
-from common.tokenization import load_tokenizer
-from dataset.questions import load_questions
 from dataset.templates import korean_alpaca
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
@@ -28,14 +26,17 @@ TRAIN = "Run python tutorial/train_llama3_1.py first, or give a directory with -
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./llama3_1_korean")
     require_model(args.model_name_or_path, hint=TRAIN, template=korean_alpaca)
-    # a row without its answer, and the template of the training: the model is asked in the format in which it learned
-    question = {"instruction": args.prompt or QUESTION, "input": "", "output": ""}
-    questions = load_questions(args, korean_alpaca, question)  # this one, or with --save-path those of --prompt-file
 
-    # imported below the arguments, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device
+    from common.tokenization import load_tokenizer
+    from dataset.questions import load_questions
     from model.generation import answer_rows, stream_answer
     from model.loading import load_model
+
+    # The same template as in training, with an empty answer.
+    question = {"instruction": args.prompt or QUESTION, "input": "", "output": ""}
+    questions = load_questions(args, korean_alpaca, question)  # this one, or with --save-path those of --prompt-file
 
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)

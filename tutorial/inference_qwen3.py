@@ -19,9 +19,6 @@ from common.conversation import chat
 from common.support.cli import inference_arguments
 from common.support.exit import UserError, run
 from common.support.model_dir import require_model
-from common.text import text_of
-from common.tokenization import load_tokenizer
-from dataset.questions import load_questions
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
 TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --model-name-or-path."
@@ -30,15 +27,18 @@ TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --mo
 def main():
     args = inference_arguments(__doc__, model_name_or_path="./qwen3_korean_chat", chat=True)
     require_model(args.model_name_or_path, hint=TRAIN, template=chat)
-    question = {"prompt": args.prompt or QUESTION, "system": args.system}
-    questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file
 
-    # imported below the arguments, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     from common.chat import chat_of
     from common.chat_rows import encode_question
     from common.device import start_device
+    from common.tokenization import load_tokenizer
+    from dataset.questions import load_questions
     from model.generation import answer_rows, prompt_room, stream_answer
     from model.loading import load_model
+
+    question = {"prompt": args.prompt or QUESTION, "system": args.system}
+    questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file
 
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
@@ -63,6 +63,8 @@ def main():
 
 
 def typed() -> str:
+    from common.text import text_of
+
     try:
         return text_of(input("\n> ")).strip()
     except EOFError:  # Ctrl-D

@@ -15,7 +15,6 @@ from common.support.cli import Parser
 from common.support.exit import UserError, run
 from common.support.files import require_disk_space, require_writable
 from common.support.model_dir import base_models, base_of, bytes_of_weights, require_adapter, run_of
-from common.tokenization import load_tokenizer
 
 
 def main():
@@ -30,9 +29,10 @@ def main():
     require_adapter(adapter)
     require_disk_space(bytes_of_weights(base), args.save_dir, "The merged model")
 
-    # imported below the arguments, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     import torch
 
+    from common.tokenization import load_tokenizer
     from model.loading import load_model, save_model
 
     tokenizer = load_tokenizer(adapter)

@@ -13,12 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.checkpoint import Checkpoints
-from common.dataset_file import load_dataset
 from common.support.cli import train_arguments
 from common.support.exit import run
 from common.support.model_dir import require_model
-from common.tokenization import load_tokenizer
 
 DOWNLOAD = "Run python tutorial/download_qwen3.py first."
 PREPARE = "Run python dataset/prepare_qwen3_dataset.py first."
@@ -42,24 +39,26 @@ def main():
         seed=3407,
     )
     require_model(args.model_name_or_path, hint=DOWNLOAD)
-    checkpoints = Checkpoints(args)  # a run that was cut goes on
 
-    # imported below the arguments, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
+    from common.checkpoint import find_checkpoint
+    from common.dataset_file import load_dataset
     from common.device import start_device
     from common.optim import make_optimizer
+    from common.tokenization import load_tokenizer
     from common.trainer import train
     from model.fit import plan_training
-    from model.loading import load_to_train, save_model
+    from model.loading import load_for_training, save_model
 
-    # before the model is built: on MoAI Platform this turns automatic parallelization on
-    device = start_device(args.seed, args.deterministic)
-    plan = plan_training(args, device, checkpoints.before)  # what fits, before anything is loaded
+    device = start_device(args.seed, args.deterministic)  # on MoAI Platform: with automatic parallelization
+    resume = find_checkpoint(args)  # of an interrupted run, or None
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    model = load_to_train(args, device)  # with its loss; every weight, or with --use-lora an adapter
+    plan = plan_training(args, device, resume)  # micro-batches and gradient checkpointing that fit into the memory
+    model = load_for_training(args, plan, device)  # all weights, or with --use-lora an adapter; with its loss
     optimizer = make_optimizer(model, args, device)
-    run = train(model, optimizer, dataset, args, device, checkpoints, plan)
-    save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=run)
+    summary = train(model, optimizer, dataset, args, plan, device, resume)
+    save_model(model, tokenizer, args.save_dir, base=args.model_name_or_path, run=summary)
 
 
 if __name__ == "__main__":

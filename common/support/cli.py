@@ -359,5 +359,4 @@ def memory_saving_options(args: argparse.Namespace) -> list:
         options.append("--load-in-4bit")
     if args.gradient_checkpointing is not True:
         options.append("--gradient-checkpointing")
-    options.append("--micro-batch-tokens")
     return options
