@@ -277,6 +277,7 @@ class Checkpoints:
             "steps": steps,
             "processes": distributed.world_size(),
         }
+        self.directory.mkdir(parents=True, exist_ok=True)
         self.own: List[Path] = []  # checkpoints of this run, the newest first
         self.older = list_checkpoints(self.directory)  # of an earlier run, until this one has its first
         if resume:

@@ -47,9 +47,9 @@ def enable_packing(model: nn.Module, longest: int) -> bool:
     """Give a model of transformers `packed_attention`; whether it can take packed rows.
 
     Rows of up to `longest` tokens must be inside of the window that a token sees. Then the model itself is asked:
-    twelve tokens as two packed rows must give the logits of both rows alone. A model that fails (because a state goes on from
-    token to token, because it has an attention of its own, or because it does not pass cu_seq_lens_q on) is left as it
-    was, and its rows are padded.
+    twelve tokens as two packed rows must give the logits of both rows alone. Where they do not, the model is left as it
+    was, and its rows are padded: it carries a state from token to token, has an attention of its own, or does not pass
+    cu_seq_lens_q on.
     """
     config = getattr(model.config, "text_config", model.config)
     windows = [getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size")]

@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def in_step(step: int, what) -> None:
     """Give what `what` makes of it in the place of each loss of this step."""
-    from common.trainer import Training
+    from common.trainer import Trainer
     from model.loss import CausalLMLoss
 
-    gradients, forward = Training.gradients, CausalLMLoss.forward
+    gradients, forward = Trainer.backward, CausalLMLoss.forward
     now = [0]
 
     def counted(self, *args):
@@ -38,7 +38,7 @@ def in_step(step: int, what) -> None:
         loss = forward(self, *args)
         return what(loss) if now[0] == step else loss
 
-    Training.gradients, CausalLMLoss.forward = counted, other
+    Trainer.backward, CausalLMLoss.forward = counted, other
 
 
 def full_memory(_) -> None:
@@ -66,7 +66,7 @@ if __name__ == "__main__":
             libc = ctypes.CDLL(None)
             libc["__cxa_atexit"](libc.abort, None, None)
         elif first.isdigit():
-            wrap("common.trainer:Training.step", next_step, nothing)
+            wrap("common.trainer:Trainer.train_step", next_step, nothing)
             kill_at(others[0], Counter(int(first), others[1]))
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -23,11 +23,11 @@ KINDS = {
 }
 TRAIN = "tutorial/train_llama3.py"
 KILLED = f"{ROOT}/tests/killed.py"
-GOES_ON = re.compile(r"^Continuing from step (\d+) of (\d+): (\S+)$", re.M)
+GOES_ON = re.compile(r"^Resuming from step (\d+) of (\d+): (\S+)$", re.M)
 
 
 def train(warm, folder, words, cut="", ok=True):
-    """Run the training; cut: `SIGNAL PLACE positive_int` of tests/killed.py."""
+    """Run the training; cut: `SIGNAL PLACE COUNT` of tests/killed.py."""
     before = f"{KILLED} {cut} " if cut else ""
     return warm(f"python {before}{TRAIN} {words}", cwd=folder, ok=None if cut else ok)
 

@@ -84,7 +84,7 @@ if __name__ == "__main__":
         kills.append((place, Counter(int(number), count)))
     sys.argv = words
     if any(counter.step >= 0 for _, counter in kills):
-        wrap("common.trainer:Training.step", next_step, nothing)
+        wrap("common.trainer:Trainer.train_step", next_step, nothing)
     for kill in kills:
         kill_at(*kill)
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)

@@ -23,10 +23,10 @@ def limit_memory(more: int) -> None:
     """While gradients are computed: to what there was at the first of them, and so much more. In float32, as most
     laptops train: to make a product of bfloat16, oneDNN takes memory that no smaller micro-batch saves."""
     from common import device
-    from common.trainer import Training
+    from common.trainer import Trainer
 
     device._cpu_has_bf16 = lambda: False
-    gradients, limits = Training.gradients, []
+    gradients, limits = Trainer.backward, []
 
     def limited(*args):
         pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -37,7 +37,7 @@ def limit_memory(more: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    Training.gradients = limited
+    Trainer.backward = limited
 
 
 if __name__ == "__main__":

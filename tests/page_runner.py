@@ -311,7 +311,7 @@ class Shell:
             status, shown = terminal.run([sys.executable, *words], lines, cwd, {**env, "PYTHONUTF8": "1"})
             return {"out": shown, "err": "", "status": status % 256}
         if self.cut_after:
-            place = "+common.trainer:Training.step"
+            place = "+common.trainer:Trainer.train_step"
             words = [str(ROOT / "tests" / "killed.py"), str(int(signal.SIGINT)), place, str(self.cut_after), *words]
         try:
             with self.one_script:

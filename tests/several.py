@@ -26,7 +26,7 @@ import model.writing
 from common import device, distributed
 from common.batches import Batches
 from common.support.exit import UserError
-from common.trainer import Training
+from common.trainer import Trainer
 
 device._cpu_has_bf16 = lambda: False
 case: dict = {}
@@ -34,7 +34,7 @@ seen: dict = {}
 rows_of_now: list = []
 
 
-def of(self, rows, real=Batches.of):
+def micro_batches(self, rows, real=Batches.micro_batches):
     rows_of_now.clear()
     found = real(self, rows)
     if self is case.get("training"):
@@ -53,7 +53,7 @@ def packed(self, rows, real=Batches._packed):
     return real(self, rows)
 
 
-def gradients(self, *args, real=Training.gradients):
+def gradients(self, *args, real=Trainer.backward):
     if self.state.step + 1 == case.get("cut"):
         raise UserError("cut")
     case["training"] = self.batches
@@ -69,7 +69,7 @@ def write_whole(tensors, name):
     torch.save({key: tensor.clone() for key, tensor in whole.items()}, f"{case['name']}/{name}-{distributed.rank()}.pt")
 
 
-def load(*args, real=model.loading.load_to_train):
+def load(*args, real=model.loading.load_for_training):
     torch.rand(distributed.rank())  # the others stand elsewhere in their random numbers: a new adapter must not differ
     module = real(*args)
     write_whole((*module.named_parameters(), *module.named_buffers()), "loaded")
@@ -81,8 +81,8 @@ def save(module, *args, real=model.loading.save_model, **options):
     real(module, *args, **options)
 
 
-Batches.of, Batches._padded, Batches._packed, Training.gradients = of, padded, packed, gradients
-model.loading.load_to_train, model.loading.save_model = load, save
+Batches.micro_batches, Batches._padded, Batches._packed, Trainer.backward = micro_batches, padded, packed, gradients
+model.loading.load_for_training, model.loading.save_model = load, save
 if __name__ == "__main__":
     for one in json.loads(Path(sys.argv[1]).read_text()):
         case.clear()

@@ -200,14 +200,14 @@ def test_a_cut_run_goes_on_with_the_same_command(work, warm):
 CUT = """
 import runpy, sys
 sys.path.insert(0, ".")
-from common import UserError
-from common.trainer import Training
-step = Training.step
+from common.support.exit import UserError
+from common.trainer import Trainer
+step = Trainer.train_step
 def cut(self):
     if self.state.step == 3:
         raise UserError("cut")
     step(self)
-Training.step = cut
+Trainer.train_step = cut
 sys.argv[0] = "tutorial/train_llama3.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

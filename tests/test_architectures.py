@@ -292,7 +292,7 @@ def test_loss_and_gradients_of_micro_batches_are_those_of_one_padded_batch(famil
     module = CausalLMLoss(model)
     for packed in (False, True):
         if packed:
-            assert module.let_pack(64) == (family not in NOT_PACKED)
+            assert module.enable_packing(64) == (family not in NOT_PACKED)
             if family in NOT_PACKED:
                 break
         model.zero_grad()

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from huggingface_hub import ModelCard
 
 from common.support.model_dir import read_origin, write_origin
 from common.tokenization import encode_prompt, load_tokenizer
-from common.trainer import Training
 from dataset.sources import load_splits
 from dataset.templates import summarization
 from model.generation import answer_ids
@@ -206,12 +204,3 @@ def test_where_a_model_came_from(tmp_path):
     for text in ("[1", "[1]", "1", "{}", '{"weights": 3}'):
         (tmp_path / ".cache" / "huggingface" / "origin.json").write_text(text)
         assert read_origin(str(tmp_path)) == {}
-
-
-@pytest.mark.parametrize("best", [True, False])
-def test_the_loss_is_that_of_the_weights_that_are_saved(best):
-    """With --keep-best not that of the last step."""
-    records = [{"held_out_loss": loss} for loss in (3.0, 1.0, 2.0)] + [{"best_held_out_loss": 1.0}] * best
-    training = SimpleNamespace(log=SimpleNamespace(records=records), held_out_rows=[0, 1], total_steps=4)
-    losses = {"before": 3.0, "after": 1.0 if best else 2.0, "rows": 2}
-    assert Training.measured(training) == {"steps": 4, "held_out_loss": losses}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from common.checkpoint import Checkpoints
-from common.dataset_file import digest_of_meta
+from common.checkpoint import Checkpoint, Checkpoints, find_checkpoint, restore, training_tensors
 from common.device import Device
 from common.optim import make_optimizer
-from common.support.exit import UserError
+from common.support.exit import StopRequest, UserError
+from model.fit import plan_training
 from tests.conftest import ROOT, start
 from tests.cuts import (
     KINDS,
@@ -56,10 +58,10 @@ PHASES = {
     "before-the-first-checkpoint": ("-torch:Tensor.backward 2.2", 0, []),
     "in-a-micro-batch": ("-torch:Tensor.backward 5.2", 4, [4]),
     "in-a-micro-batch-of-the-second-epoch": ("-torch:Tensor.backward 4.2", 2, [2]),
-    "before-the-optimizer's-step": ("+common.trainer:Finite.look 5.1", 4, [4]),
+    "before-the-optimizer's-step": ("+torch.nn.utils:clip_grad_norm_ 5.1", 4, [4]),
     "after-the-optimizer's-step": ("-common.device:Device.random_states 5.1", 4, [4]),
     "in-the-held-out-loss": ("-common.trainer:forward 6.5", 4, [4]),
-    "between-the-log-lines": ("-common.train_log:TrainingLog.held_out_loss 6.1", 4, [4]),
+    "between-the-log-lines": ("-common.trainer:Trainer.log_train_loss 6.1", 4, [4]),
     "between-a-checkpoint's-parts": ("open:checkpoint.json 4.1", 2, [2]),
     "before-the-rename": ("os.rename:checkpoint-4 4.1", 2, [2]),
     "after-the-rename": ("shutil.rmtree:checkpoint-4 4.1", 4, [2, 4]),
@@ -118,7 +120,7 @@ sys.path.insert(0, {root!r})
 sys.path.insert(0, {root!r} + "/tutorial")
 import common.optim, common.checkpoint
 
-real = common.optim.set_state
+real = common.checkpoint.set_optimizer_state
 
 
 def looked(optimizer, model, state):
@@ -128,7 +130,7 @@ def looked(optimizer, model, state):
     print("states:", type(optimizer).__name__, sorted(types))
 
 
-common.optim.set_state = looked
+common.checkpoint.set_optimizer_state = looked
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -170,7 +172,7 @@ def test_the_seconds_of_a_log_line_go_on(cut_copy, warm):
     path = cut_copy / SAVED / "checkpoint-4" / "checkpoint.json"
     shutil.rmtree(cut_copy / SAVED / "checkpoint-6")
     state = json.loads(path.read_text())["state"]
-    assert 0 < state["seconds"] < 60 and state["tokens"] > 0
+    assert 0 < state["seconds"] < 60 and state["num_tokens"] > 0
     sign(path, state={**state, "seconds": 1000.0})
     assert went_on(train(warm, cut_copy, FULL)) == 4
     durations = {record["step"]: record["duration"] for record in records(cut_copy / SAVED) if "duration" in record}
@@ -190,7 +192,7 @@ def stopped(done, number, step):
     assert done.returncode == 128 + number, f"{done.returncode}\n{done.stderr}"
     text = done.stdout + done.stderr
     assert not [word for word in ("Traceback", "Exception", "Error", "error:", "Saving", "Interrupted") if word in text]
-    where = f"Stopped after step {step}, kept in {SAVED}/checkpoint-{step}. Run the same command to go on from there."
+    where = f"Stopped after step {step}; checkpoint saved in {SAVED}/checkpoint-{step}. Run the same command to resume."
     assert done.stderr.splitlines()[-1] == where and done.stderr.count("Stopped") == 1, done.stderr
 
 
@@ -234,7 +236,7 @@ def test_stopped_before_the_first_step(small, warm):
     """In the held-out loss of the untrained model."""
     done = train(warm, small, FULL, cut="15 -common.trainer:forward 2")
     assert done.returncode == 143
-    assert done.stderr.splitlines()[-1] == "Stopped, and nothing is kept. Run the same command to start again."
+    assert done.stderr.splitlines()[-1] == "Stopped before the first step; nothing was saved."
     assert not checkpoints(small) and not scratch(small)
 
 
@@ -260,7 +262,7 @@ def test_stopped_while_the_model_is_saved(number, small, warm, never_cut):
     """What was there stays, the last step's checkpoint too, and the line says where it goes on."""
     done = train(warm, small, FULL, cut=f"{int(number)} open:/run.json 7.1")
     assert done.returncode in (128 + number, -2) and "Traceback" not in done.stderr
-    last = "Interrupted: nothing more is written. Run the same command to save the model."
+    last = "Interrupted. Run the same command again to continue."
     assert done.stderr.splitlines()[-1] == last
     assert checkpoints(small) == [7] and not scratch(small) and not (small / SAVED / "run.json").exists()
     assert went_on(train(warm, small, FULL)) == 7
@@ -298,7 +300,7 @@ def test_sigterm_to_the_whole_process_group_twice(small, warm):
     finally:
         process.kill()
     [step] = checkpoints(small)
-    line = f"Stopped after step {step}, kept in {SAVED}/checkpoint-{step}. Run the same command to go on from there."
+    line = f"Stopped after step {step}; checkpoint saved in {SAVED}/checkpoint-{step}. Run the same command to resume."
     assert process.returncode == 143 and err.splitlines()[-1] == line and not scratch(small)
     again = f"{KINDS['full']} --max-train-steps {step + 1}"
     assert went_on(train(warm, small, again)) == step
@@ -314,7 +316,7 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written(place, small, warm, nev
     done = train(warm, small, FULL, cut=f"2 -torch:Tensor.backward 6.2 2 {place}")
     assert done.returncode in (130, -2), f"{done.returncode}\n{done.stderr}"
     assert not [word for word in ("Traceback", "Exception", "Error", "error:") if word in done.stderr], done.stderr
-    last = "Interrupted: nothing more is written. Run the same command to go on from step 4."
+    last = "Interrupted. Run the same command again to continue."
     assert done.stderr.splitlines()[-1] == last
     assert checkpoints(small) == [4] and not scratch(small)
     assert went_on(train(warm, small, FULL)) == 4
@@ -325,53 +327,35 @@ def test_a_second_ctrl_c_while_the_checkpoint_is_written(place, small, warm, nev
 
 
 @needs_float16
-def test_the_scaler_goes_on_as_it_was(tmp_path, monkeypatch):
+def test_the_scaler_goes_on_as_it_was(tmp_path):
     """float16, whose scale halves at an overflow and doubles after a while: both numbers are restored."""
     device = Device(torch.device("cpu"), "test", torch.float16, False)
-
-    def begun(scaler):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4)
-        args = argparse.Namespace(**OPTIONS, save_dir=str(tmp_path / "out"))
-        holder = opened(args)
-        optimizer = make_optimizer(model, args, device)
-        return holder, holder.begin(model, optimizer, scaler, device, 9, "digest"), model, optimizer
-
     first = torch.amp.GradScaler("cpu", enabled=True, init_scale=2.0**20, growth_interval=3)
     assert type(device.gradient_scaler()) is type(first) and device.gradient_scaler().is_enabled()
-    holder, state, model, optimizer = begun(first)
+    checkpoints_of_run, _, model, optimizer = begun(tmp_path, device, first)
     for factor in (1.0, 1e38, 1.0, 1.0):  # the second one overflows
         first.scale(model(torch.ones(2, 4)).sum() * factor).backward()
         first.step(optimizer)
         first.update()
         optimizer.zero_grad()
-        state.step += 1
     assert (first.get_scale(), first._get_growth_tracker()) == (2.0**19, 2)
-    assert holder.write(state, None)
-    closed(holder)
+    assert saved(checkpoints_of_run, model, optimizer, device, first, step=4)
     second = torch.amp.GradScaler("cpu", enabled=True)
-    holder, state, other, _ = begun(second)
-    closed(holder)
-    assert state.step == 4 and second.state_dict() == first.state_dict()
+    _, resume, other, _ = begun(tmp_path, device, second)
+    assert resume.state["step"] == 4 and second.state_dict() == first.state_dict()
     assert (second.get_scale(), second._get_growth_tracker()) == (2.0**19, 2)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters()))
 
 
 @needs_float16
 def test_a_checkpoint_before_the_optimizer_has_stepped_changes_nothing(tmp_path):
-    """float16 often leaves out the very first steps, --skip-nonfinite may: the optimizer then has no state yet."""
+    """float16 often skips the very first steps, --skip-nonfinite may: the optimizer then has no state yet."""
+    device = Device(torch.device("cpu"), "test", torch.float32, False)
     weights = []
     for writes in (False, True):
-        torch.manual_seed(0)
-        model = nn.Linear(4, 4)
-        args = argparse.Namespace(**OPTIONS, save_dir=str(tmp_path / str(writes)))
-        device = Device(torch.device("cpu"), "test", torch.float32, False)
-        holder = opened(args)
-        optimizer, scaler = make_optimizer(model, args, device), device.gradient_scaler()
-        state = holder.begin(model, optimizer, scaler, device, 9, "digest")
-        state.step = 1  # which was left out
-        assert not writes or holder.write(state, None)
-        closed(holder)
+        scaler = device.gradient_scaler()
+        checkpoints_of_run, _, model, optimizer = begun(tmp_path / str(writes), device, scaler)
+        assert not writes or saved(checkpoints_of_run, model, optimizer, device, scaler, step=1)
         for _ in range(3):
             model(torch.ones(2, 4)).sum().backward()
             optimizer.step()
@@ -381,24 +365,13 @@ def test_a_checkpoint_before_the_optimizer_has_stepped_changes_nothing(tmp_path)
 
 
 @pytest.mark.parametrize("given, tokens", [(384, 96), (200, 200)])
-def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens, tmp_path):
+def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens):
     """The memory was too small for those of the option; given another number, that one is taken."""
     device = Device(torch.device("cpu"), "test", torch.float32, False)
-
-    def begun(micro_batch_tokens):
-        values = {**OPTIONS, "micro_batch_tokens": micro_batch_tokens, "save_dir": str(tmp_path / "out")}
-        holder, model = opened(argparse.Namespace(**values)), nn.Linear(4, 4)
-        optimizer = make_optimizer(model, holder.args, device)
-        return holder, holder.begin(model, optimizer, device.gradient_scaler(), device, 9, "digest")
-
-    holder, state = begun(384)
-    assert state.micro_batch_tokens == 384
-    state.step, state.micro_batch_tokens, state.skipped = 1, 96, 3
-    assert holder.write(state, None)
-    closed(holder)
-    holder, state = begun(given)
-    closed(holder)
-    assert (state.step, state.micro_batch_tokens, state.skipped) == (1, tokens, 3)
+    before = {"micro_batch_tokens": 96, "gradient_checkpointing": False}
+    resume = Checkpoint(Path("checkpoint-1"), {"state": before, "options": {"micro_batch_tokens": 384}})
+    args = argparse.Namespace(**{**OPTIONS, "micro_batch_tokens": given})
+    assert plan_training(args, device, resume).micro_batch_tokens == tokens
 
 
 OPTIONS = {
@@ -408,13 +381,24 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def opened(args):
-    return Checkpoints(args)
+def begun(tmp_path, device, scaler):
+    """A training of a small model that has just begun, or resumed."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    model.bits = 0
+    args = argparse.Namespace(**OPTIONS, save_dir=str(tmp_path / "out"))
+    resume = find_checkpoint(args)
+    optimizer = make_optimizer(model, args, device)
+    checkpoints_of_run = Checkpoints(args, resume, model, optimizer, device, "digest", 9)
+    if resume:
+        restore(resume, model, optimizer, scaler, device)
+    return checkpoints_of_run, resume, model, optimizer
 
 
-def closed(holder):
-    """What the end of the process does."""
-    holder.lock.release()
+def saved(checkpoints_of_run, model, optimizer, device, scaler, step):
+    state = {"step": step, "best_step": 0}
+    tensors = training_tensors(model, optimizer, device)
+    return checkpoints_of_run.save(tensors, state, scaler.state_dict(), StopRequest(), print)
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -453,15 +437,15 @@ def test_one_flipped_byte(part, cut_copy, warm, never_cut):
     flip(file_of(newest, part))
     words = f"{FULL} --save-total-limit 2"
     done = train(warm, cut_copy, words, cut="9 -torch:Tensor.backward 1.1")
-    [line] = [line for line in done.stdout.splitlines() if "is taken" in line]
-    assert f"{SAVED}/checkpoint-6 " in line and f"{SAVED}/checkpoint-4, the one before it, is taken." in line
+    [line] = [line for line in done.stdout.splitlines() if "using the older checkpoint" in line]
+    assert f"{SAVED}/checkpoint-6 " in line and f"{SAVED}/checkpoint-4." in line
     killed(done)
     alone = copy_of(cut_copy, cut_copy.parent / "alone")
     shutil.rmtree(alone / SAVED / "checkpoint-4")
     before = contents(alone)
     refused = train(warm, alone, words, ok=None)
     tells(refused, "checkpoint-6", "damaged" if part != "checkpoint.json" else "", "--restart")
-    assert "Device" not in refused.stdout and contents(alone) == before
+    assert "Plan" not in refused.stdout and contents(alone) == before
     assert went_on(train(warm, cut_copy, words)) == 4
     same_result(cut_copy, never_cut(KINDS["full"]))
 
@@ -473,40 +457,38 @@ def options_of(folder):
 
 def sign(path, **facts):
     facts = {**json.loads(path.read_text()), **facts, "sha256": ""}
-    path.write_text(json.dumps({**facts, "sha256": digest_of_meta(facts)}))
+    text = json.dumps(facts, sort_keys=True)
+    path.write_text(json.dumps({**facts, "sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
 DAMAGE = {
-    "no checkpoint.json": (lambda path: (path / "checkpoint.json").unlink(), "has no checkpoint.json"),
-    "an empty checkpoint.json": (lambda path: (path / "checkpoint.json").write_text(""), "has no checkpoint.json"),
+    "an empty checkpoint.json": (
+        lambda path: (path / "checkpoint.json").write_text(""),
+        "has no readable checkpoint.json",
+    ),
     "no tensors": (lambda path: file_of(path, TENSORS).unlink(), "is damaged"),
     "no metadata": (lambda path: file_of(path, METADATA).unlink(), "is damaged"),
     "half of the tensors": (lambda path: os.truncate(file_of(path, TENSORS), 5000), "is damaged"),
     "another file": (lambda path: (path / "more").write_text(""), "is damaged"),
-    "another version": (lambda path: sign(path / "checkpoint.json", version=2), "another version"),
+    "another version": (lambda path: sign(path / "checkpoint.json", version=1), "the format version 1"),
     "by another torch": (lambda path: sign(path / "checkpoint.json", stored_by="torch.other"), "torch.other"),
-    "another user's": (lambda path: os.chown(file_of(path, METADATA), 12345, -1), "another user"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_what_cannot_be_continued(damage, cut_copy, monkeypatch, capsys):
     """The one before it is taken, and where there is none one line says why, and what to do."""
-    if damage == "another user's" and os.getuid() != 0:
-        pytest.skip("only root can give a file away")
     harm, why = DAMAGE[damage]
     monkeypatch.chdir(cut_copy)
     args = argparse.Namespace(**options_of(cut_copy))
     harm(cut_copy / SAVED / "checkpoint-6")
-    holder = opened(args)
-    assert holder.kept[0].name == "checkpoint-4"
-    closed(holder)
+    assert find_checkpoint(args).path.name == "checkpoint-4"
     lines = capsys.readouterr().out.splitlines()
-    assert why in lines[0] and lines[0].endswith(f"{SAVED}/checkpoint-4, the one before it, is taken.")
-    assert lines[1:] == [f"Continuing from step 4 of 7: {SAVED}/checkpoint-4"]
+    assert why in lines[0] and lines[0].endswith(f"; using the older checkpoint {SAVED}/checkpoint-4.")
+    assert lines[1:] == [f"Resuming from step 4 of 7: {SAVED}/checkpoint-4"]
     shutil.rmtree(cut_copy / SAVED / "checkpoint-4")
     with pytest.raises(UserError, match="--restart") as refused:
-        Checkpoints(args)
+        find_checkpoint(args)
     assert why in str(refused.value) and "\n" not in str(refused.value)
 
 
@@ -518,46 +500,25 @@ def test_any_word_of_the_facts(cut_copy, monkeypatch, capsys):
     whole, failed = path.read_bytes(), []
     for word in re.finditer(rb"(?<![\w.])\w", whole):
         flip(path, word.start())
-        holder = Checkpoints.__new__(Checkpoints)
         try:
-            holder.__init__(args)
-            if holder.kept[0].name != "checkpoint-4":
-                failed.append((word.start(), str(holder.kept)))
+            found = find_checkpoint(args)
+            if found.path.name != "checkpoint-4":
+                failed.append((word.start(), found.path.name))
         except Exception as error:
             failed.append((word.start(), repr(error)))
-        closed(holder)
         path.write_bytes(whole)
     capsys.readouterr()
     assert not failed
 
 
-FOREIGN = {"trainer_state.json": '{"global_step": 500}', "optimizer.pt": "theirs"}
-
-
-def foreign(folder, step):
-    directory = folder / SAVED / f"checkpoint-{step}"
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, text in FOREIGN.items():
-        (directory / name).write_text(text)
-    return directory
-
-
-def test_another_trainer_s_checkpoint_stays(small, warm, never_cut):
-    """It is none of ours: a run begins beside it, goes on beside it, and does not take it away when it has finished."""
-    directory = foreign(small, 500)
-    before = contents(directory)
-    killed(train(warm, small, FULL, cut="9 -torch:Tensor.backward 5.1"))
-    assert checkpoints(small) == [4, 500] and contents(directory) == before
-    assert went_on(train(warm, small, FULL)) == 4
-    assert checkpoints(small) == [500] and contents(directory) == before
-    same_weights(small, never_cut(KINDS["full"]))
-
-
-def test_another_trainer_s_checkpoint_of_the_same_step_stays(small, warm):
-    directory = foreign(small, 2)
-    before = contents(directory)
-    train(warm, small, f"{FULL} --restart", ok=None)
-    assert directory.is_dir() and contents(directory) == before
+@pytest.mark.parametrize("step", [2, 500])
+def test_another_program_s_checkpoint_is_refused_and_stays(step, small, warm):
+    directory = small / SAVED / f"checkpoint-{step}"
+    directory.mkdir(parents=True)
+    (directory / "trainer_state.json").write_text('{"global_step": 500}')
+    before = contents(small)
+    tells(train(warm, small, FULL, ok=None), f"checkpoint-{step}", "was not written by these scripts", "--save-dir")
+    assert contents(small) == before
 
 
 def test_what_killed_runs_have_left_is_removed_at_the_next_start(small, warm):
@@ -651,10 +612,8 @@ def refused_option(folder, monkeypatch, name, was, now):
     monkeypatch.chdir(folder)
     before, options = contents(folder), options_of(folder)
     assert options[name] == was
-    holder = Checkpoints.__new__(Checkpoints)
     with pytest.raises(UserError) as refusal:
-        holder.__init__(argparse.Namespace(**{**options, name: now}))
-    closed(holder)
+        find_checkpoint(argparse.Namespace(**{**options, name: now}))
     line = str(refusal.value)
     assert f"--{name.replace('_', '-')} was {was} and is {now}" in line and "--restart" in line and "\n" not in line
     assert contents(folder) == before
@@ -665,9 +624,8 @@ def test_an_option_that_makes_the_same_run(name, cut, monkeypatch, capsys):
     monkeypatch.chdir(cut)
     options = options_of(cut)
     assert options[name] != FREE[name]
-    holder = opened(argparse.Namespace(**{**options, name: FREE[name]}))
-    closed(holder)
-    assert holder.kept[0].name == "checkpoint-6" and "Continuing from step 6 of 7" in capsys.readouterr().out
+    resume = find_checkpoint(argparse.Namespace(**{**options, name: FREE[name]}))
+    assert resume.path.name == "checkpoint-6" and "Resuming from step 6 of 7" in capsys.readouterr().out
 
 
 def refused(warm, folder, words, *told):
@@ -680,24 +638,24 @@ def refused(warm, folder, words, *told):
 
 def test_all_options_that_differ_are_named(cut, warm):
     done = refused(warm, cut, f"{FULL} --seed 1 --lr 0.5", "--seed was 0 and is 1", "--lr was 1e-05 and is 0.5")
-    assert "Device" not in done.stdout  # before anything is loaded
+    assert "Plan" not in done.stdout  # before anything is loaded
 
 
 def test_steps_that_fit_no_more(cut, cut_lora, warm):
-    refused(warm, cut, f"{FULL} --max-train-steps 5", "7 steps and make 5", "6 are done")
-    refused(warm, cut_lora, f"{KINDS['lora']} --max-train-steps 9", "7 steps and make 9", "cosine")
+    refused(warm, cut, f"{FULL} --max-train-steps 5", "7 steps and give 5", "6 are done")
+    refused(warm, cut_lora, f"{KINDS['lora']} --max-train-steps 9", "7 steps and give 9", "cosine")
 
 
 def test_another_dataset_or_model_under_the_same_name(cut_copy, base, warm):
     shutil.copy(cut_copy / "llama3_dataset.pt", cut_copy / "kept.pt")
     shutil.copy(base / "llama3_dataset.pt", cut_copy)
-    refused(warm, cut_copy, FULL, "--dataset-name-or-path", "rows are others")
+    refused(warm, cut_copy, FULL, "--dataset-name-or-path", "has different rows")
     shutil.copy(cut_copy / "kept.pt", cut_copy / "llama3_dataset.pt")
     from safetensors.torch import load_file, save_file
 
     path = cut_copy / "llama3-8b" / "model.safetensors"
     save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
-    refused(warm, cut_copy, FULL, "--model-name-or-path", "weights are others")
+    refused(warm, cut_copy, FULL, "--model-name-or-path", "has different weights")
 
 
 def test_options_that_change_only_the_log_and_the_checkpoints(cut_copy, warm, never_cut):
@@ -747,7 +705,7 @@ def test_a_finished_run_begins_anew(small, warm, never_cut):
     train(warm, small, FULL)
     assert not checkpoints(small) and not scratch(small)
     done = train(warm, small, FULL)
-    assert f"{SAVED} holds a finished run: this one begins anew." in done.stdout and went_on(done) == 0
+    assert f"{SAVED} contains a finished run; starting a new one." in done.stdout and went_on(done) == 0
     same_result(small, never_cut(KINDS["full"]))
 
 

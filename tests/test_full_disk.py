@@ -28,7 +28,7 @@ def test_a_disk_that_has_no_room_for_two_checkpoints(ready, warm):
     done = warm(f"{LIMITED} room 5000000 {words}", cwd=ready)
     (line,) = [line for line in done.stdout.splitlines() if "no room" in line]
     assert "This run writes none" in line and weights(ready / SAVED)
-    stopped = f"{ROOT}/tests/killed.py 15 +common.trainer:Training.step 3 {words}"
+    stopped = f"{ROOT}/tests/killed.py 15 +common.trainer:Trainer.train_step 3 {words}"
     done = warm(f"{LIMITED} room 5000000 {stopped}", cwd=ready, ok=None)
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == "Stopped, and nothing is kept. Run the same command to start again."
@@ -50,9 +50,9 @@ def test_without_room_for_a_checkpoint_the_training_goes_on_and_says_so_once(rea
 
 
 def test_a_checkpoint_that_has_no_room_leaves_the_one_before_it(ready, warm):
-    warm(f"python {ROOT}/tests/killed.py 9 +common.trainer:Training.step 3 {TRAIN}", cwd=ready, ok=None)
+    warm(f"python {ROOT}/tests/killed.py 9 +common.trainer:Trainer.train_step 3 {TRAIN}", cwd=ready, ok=None)
     before = contents(ready / SAVED / "checkpoint-2")
-    command = f"{ROOT}/tests/killed.py 9 +common.trainer:Training.step 3 {TRAIN}"  # after step 5
+    command = f"{ROOT}/tests/killed.py 9 +common.trainer:Trainer.train_step 3 {TRAIN}"  # after step 5
     done = warm(f"{LIMITED} files 1000000 {command}", cwd=ready, ok=None)
     assert "checkpoint-2 stays, the training goes on." in done.stdout
     assert contents(ready / SAVED / "checkpoint-2") == before

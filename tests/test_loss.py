@@ -9,13 +9,12 @@ import torch
 import transformers
 
 from common.batches import IGNORE_INDEX, Batches
-from common.checkpoint import Checkpoints
 from common.device import Device
 from common.trainer import train
 from model import loss as loss_file
 from model.adapters import add_lora
+from model.fit import TrainingPlan
 from model.loss import CausalLMLoss, has_plain_head
-from model.packing import is_packed
 from model.tiny import write_tiny
 from tests.helpers import answer_start, split_of
 
@@ -75,12 +74,12 @@ def a_split(seed=0, rows=12, vocabulary=300):
 
 
 def micro_batches(split, rows, tokens, train_on_prompt=False, packed=False):
-    return Batches(split, len(rows), tokens, train_on_prompt=train_on_prompt, packed=packed).of(rows)
+    return Batches(split, len(rows), tokens, train_on_prompt=train_on_prompt, packed=packed).micro_batches(rows)
 
 
 def padded(split, rows, length, train_on_prompt=False):
     """All rows in one batch, as transformers itself would be given them."""
-    (batch,) = Batches(split, len(rows), 0, length, train_on_prompt).of(rows)
+    (batch,) = Batches(split, len(rows), 0, length, train_on_prompt).micro_batches(rows)
     return batch
 
 
@@ -119,12 +118,11 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
     labels = label_tokens(split, train_on_prompt)
     cases = [(tokens, False) for tokens in (1, 64, 200, 10_000)]
     if hasattr(transformers, "AttentionMaskInterface"):
-        packs = module.let_pack(60)
+        packs = module.enable_packing(60)
         assert packs == ("gemma2" not in kind)  # whose attention caps as well
         cases += [(tokens, True) for tokens in (1, 64, 200, 10_000) if packs]
     for micro_batch_tokens, packed in cases:
         model.zero_grad()
-        module.reused.on = packed  # as in a training on a CPU
         total = 0
         for micro_batch in micro_batches(split, list(range(12)), micro_batch_tokens, train_on_prompt, packed):
             loss = module(*micro_batch) / labels
@@ -148,7 +146,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 weight.copy_(before[name])
-        args = Namespace(gradient_checkpointing=False,
+        args = Namespace(gradient_checkpointing=False, use_lora=False, bits=0,
                          batch_size=12, epochs=1, max_train_steps=1, micro_batch_tokens=tokens, train_on_prompt=False,
                          block_size=64, warmup_steps=0, lr_scheduler="constant", max_grad_norm=0.0, log_interval=1,
                          eval_step=0, eval_rows=0, seed=0, lr=1.0, save_dir=str(tmp_path), save_steps=0,
@@ -157,7 +155,7 @@ def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build,
         # with a learning rate of 1, the change of a weight is its gradient
         optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=1.0)
         dataset = {"train": split, "validation": split, "meta": {}, "sha256": ""}
-        train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, device, Checkpoints(args))
+        train(CausalLMLoss(model, static_shapes), optimizer, dataset, args, TrainingPlan(tokens, False), device)
         for name, weight in model.named_parameters():
             if gradients[name] is None:
                 assert torch.equal(before[name], weight)
@@ -191,28 +189,6 @@ def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(bui
     monkeypatch.setattr(torch, "mm", recording)
     module(*batch).backward()
     assert max(products) == 7 and sum(products) == label_tokens(split)
-
-
-@pytest.mark.parametrize("kind", ["llama3", "gpt"])  # gpt: embeddings and output layer are one
-def test_vocabulary_sized_memory_is_used_again(kind, build):
-    model, split = build(kind), a_split()
-    module, labels = CausalLMLoss(model), label_tokens(split)
-    module.reused.on = True
-    weights = {
-        id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    assert len(weights) == (1 if kind == "gpt" else 2)
-    places = []
-    for _ in range(2):  # steps
-        for batch in micro_batches(split, list(range(12)), 200):
-            (module(*batch) / labels).backward()
-            pieces = [*module.reused.pieces.values(), *(weight.grad for weight in weights.values())]
-            places.append([piece.data_ptr() for piece in pieces])
-        model.zero_grad(set_to_none=True)
-    assert len(places) > 4 and all(one == places[0] for one in places)  # the first micro-batch is the largest
-    optimizer = torch.optim.AdamW(model.parameters())  # a reader's own loop goes on with the model: no sparse gradients
-    model(input_ids=batch.input_ids, labels=batch.input_ids).loss.backward()
-    optimizer.step()
 
 
 def test_an_evaluation_makes_no_gradients(build, monkeypatch):
@@ -279,9 +255,10 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
 def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_padding():
     split = a_split(seed=3, rows=500)
     found, tokens = [], int(row_lengths(split).sum())
-    for ids, labels, lengths in micro_batches(split, list(range(500)), 512, packed=True):
-        assert ids.shape == labels.shape == (1, lengths.sum()) and ids.numel() <= 512
-        found += zip(*(part[0].split(lengths.flatten().tolist()) for part in (ids, labels)))
+    for ids, labels, _, cu_seq_lens in micro_batches(split, list(range(500)), 512, packed=True):
+        assert ids.shape == labels.shape == (1, cu_seq_lens[-1]) and ids.numel() <= 512
+        lengths = cu_seq_lens.diff().tolist()
+        found += zip(ids[0].split(lengths), labels[0].split(lengths))
     assert sum(len(ids) for ids, _ in found) == tokens
     wanted = []
     for row in range(500):
@@ -292,7 +269,7 @@ def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_p
     assert sorted((ids.tolist(), labels.tolist()) for ids, labels in found) == sorted(wanted)
     assert len(micro_batches(split, list(range(500)), 512, packed=True)) == -(-tokens // 512)
     (batch,) = micro_batches(split, [7], 5, packed=True)  # longer than the limit: alone
-    assert batch.attention_mask.tolist() == [[[[int(row_lengths(split)[7])]]]] and batch.input_ids.numel() > 5
+    assert batch.cu_seq_lens.tolist() == [0, int(row_lengths(split)[7])] and batch.input_ids.numel() > 5
 
 
 @pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers before 4.53")
@@ -308,26 +285,26 @@ def test_rows_are_packed_only_where_the_model_calculates_each_alone(build):
         model = transformers.AutoModelForCausalLM.from_config(config).train()
         before = model(input_ids=torch.arange(20)[None]).logits.detach() if longest == 51 else None
         attention = model.config._attn_implementation
-        assert CausalLMLoss(model).let_pack(longest) == packs and model.training
-        assert model.config._attn_implementation == ("by_row" if packs else attention)
+        assert CausalLMLoss(model).enable_packing(longest) == packs and model.training
+        assert model.config._attn_implementation == ("packed" if packs else attention)
         assert packs or torch.equal(model(input_ids=torch.arange(20)[None]).logits, before)
     model = build("llama2").eval()
     padded = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.int64)}
     padded["attention_mask"][0, :7] = 0  # on the left, as for an answer
     before = model(**padded).logits
-    assert CausalLMLoss(model).let_pack(64)
+    assert CausalLMLoss(model).enable_packing(64)
     assert torch.equal(model(**padded).logits, before)  # a mask is a mask as ever
-    assert "by_row" not in model.config.to_json_string()  # which is saved with it
+    assert "packed" not in model.config.to_json_string()  # which is saved with it
 
 
 @pytest.mark.parametrize("static_shapes", [False, True])
 def test_a_training_on_a_cpu_packs(static_shapes, build, tmp_path, monkeypatch):
     asked = []
     forward = CausalLMLoss.forward
-    monkeypatch.setattr(CausalLMLoss, "forward", lambda self, *given: asked.append(given) or forward(self, *given))
+    monkeypatch.setattr(CausalLMLoss, "forward", lambda self, **given: asked.append(given) or forward(self, **given))
     test_a_training_step_is_that_of_one_padded_batch(static_shapes, "llama2", build, tmp_path)
     packed = not static_shapes and hasattr(transformers, "AttentionMaskInterface")
-    assert asked and all(is_packed(mask) == packed for *_, mask in asked)
+    assert asked and all((given["cu_seq_lens"] is not None) == packed for given in asked)
 
 
 def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
@@ -337,7 +314,7 @@ def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
     def epoch(number, seed=5, batches=batches):
         return [batches.rows_for_step(step, seed) for step in range(10 * number + 1, 10 * number + 11)]
 
-    assert batches.steps_an_epoch == 10
+    assert batches.steps_per_epoch == 10
     first = epoch(0)
     assert [len(rows) for rows in first] == [10] * 10 and len(set(sum(first, []))) == 100
     assert first == epoch(0)
@@ -345,4 +322,4 @@ def test_epochs_are_shuffled_by_seed_and_drop_the_short_batch():
     assert first != epoch(1)
     # every step's rows are known by itself: a training can go on anywhere
     assert Batches(split, 10, 512).rows_for_step(17, 5) == epoch(1)[6]
-    assert Batches(split, 500, 512).batch_size == 103 and Batches(split, 500, 512).steps_an_epoch == 1
+    assert Batches(split, 500, 512).batch_size == 103 and Batches(split, 500, 512).steps_per_epoch == 1

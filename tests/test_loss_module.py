@@ -58,7 +58,7 @@ split = a_split(rows=12)
 batches = Batches(split, 12, 10_000)
 rows, found = list(range(12)), []  # of which each process takes its share
 for step in range(3):
-    (batch,) = batches.of(rows)
+    (batch,) = batches.micro_batches(rows)
     loss = model(*batch)
     (loss * world / int(batches.label_counts.sum())).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -157,7 +157,7 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
         optimizer = make_optimizer(model, options(tmp_path), CPU)
         from common.batches import Batches
 
-        (batch,) = Batches(split, 12, 10_000).of(list(range(12)))
+        (batch,) = Batches(split, 12, 10_000).micro_batches(list(range(12)))
         for step in range(4):
             model(*batch).backward()
             optimizer.step()

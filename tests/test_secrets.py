@@ -26,7 +26,7 @@ def found(folder, token):
 def test_a_training_writes_it_nowhere(ready, warm):
     """Neither the token that the environment has, nor a word of the command that looks like one, in run.json."""
     words = f"{TRAIN} --max-train-steps 4 --save-steps 2 --log-interval 1 --save-dir out-{TOKEN}"
-    stopped = words.replace("python ", f"python {ROOT}/tests/killed.py 15 +common.trainer:Training.step 3 ")
+    stopped = words.replace("python ", f"python {ROOT}/tests/killed.py 15 +common.trainer:Trainer.train_step 3 ")
     out, env = ready / f"out-{TOKEN}", {"HF_TOKEN": "my-own-mirrors-token"}
     for command, last in ((stopped, "checkpoint-3/checkpoint.json"), (words, "run.json")):
         done = warm(command, cwd=ready, env=env, ok=None)

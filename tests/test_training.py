@@ -17,16 +17,17 @@ import torch
 
 from common import train_log
 from common.batches import Batches
-from common.checkpoint import Checkpoints
 from common.device import Device, start_device
 from common.optim import learning_rate, make_optimizer
 from common.support.exit import UserError
 from common.trainer import train
-from model.loading import load_model, load_to_train, save_model
+from model.fit import TrainingPlan
+from model.loading import load_for_training, load_model, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.test_loss import a_split, padded, row_lengths
 
+PLAN = TrainingPlan(200, False)
 CPU = Device(torch.device("cpu"), "test", torch.float32, False)
 
 
@@ -64,7 +65,8 @@ def run(directory, tmp_path, device=CPU, kind=CausalLMLoss, **changed):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         module = kind(model, device.static_shapes)
-        facts = train(module, make_optimizer(module, args, device), dataset, args, device, Checkpoints(args))
+        plan = TrainingPlan(args.micro_batch_tokens, False)
+        facts = train(module, make_optimizer(module, args, device), dataset, args, plan, device)
     with open(tmp_path / "out" / "training_log.jsonl", encoding="utf-8") as file:
         return model, [json.loads(line) for line in file], printed.getvalue(), facts
 
@@ -165,7 +167,7 @@ def test_gradients_are_clipped_to_the_norm(directory, tmp_path, monkeypatch):
 
 
 def test_norms_and_biases_do_not_decay(directory, tmp_path):
-    model = load_model(directory, torch.device("cpu"), torch.float32)
+    model = CausalLMLoss(load_model(directory, torch.device("cpu"), torch.float32))
     matrices, others = make_optimizer(model, options(tmp_path), CPU).param_groups
     assert matrices["weight_decay"] == 0.01 and all(weight.dim() == 2 for weight in matrices["params"])
     assert others["weight_decay"] == 0.0 and all(weight.dim() == 1 for weight in others["params"])
@@ -173,7 +175,7 @@ def test_norms_and_biases_do_not_decay(directory, tmp_path):
 
 
 def test_on_moai_platform_its_own_tool_tells_the_memory():
-    assert CPU._replace(static_shapes=True).memory() == "Memory: see moreh-smi"
+    assert CPU._replace(static_shapes=True).memory_line() == "Memory: see moreh-smi"
 
 
 def test_the_clock_is_read_after_the_device_has_finished(directory, tmp_path, monkeypatch):  # fault 9
@@ -201,7 +203,7 @@ def test_throughput_counts_no_padding(directory, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_with_what_to_do(directory, tmp_path):
-    with pytest.raises(UserError, match=r"The (loss|gradient norm) of step \d+ is (nan|inf)\. Take a smaller --lr"):
+    with pytest.raises(UserError, match=r"The loss is (nan|inf) at step \d+\. Try a smaller --lr"):
         run(directory, tmp_path, epochs=30, lr=1e20, max_grad_norm=0.0)
 
 
@@ -210,8 +212,8 @@ class Strange(CausalLMLoss):
 
     at, loss = (), math.nan
 
-    def forward(self, *batch):
-        loss = super().forward(*batch)
+    def forward(self, **batch):
+        loss = super().forward(**batch)
         if not torch.is_grad_enabled():
             return loss
         self.seen = getattr(self, "seen", 0) + 1
@@ -228,28 +230,29 @@ def test_a_step_that_is_no_number_is_left_out_and_counted(loss, word, directory,
     before = []
 
     class Watched(Strange):
-        def forward(self, *batch):
+        def forward(self, **batch):
             before.append([weight.detach().clone() for weight in self.parameters()])
-            return super().forward(*batch)
+            return super().forward(**batch)
 
     monkeypatch.setattr(Strange, "at", (3, 5))
     _, records, printed, _ = run(directory, tmp_path, kind=Watched, skip_nonfinite=2, **same)
-    assert f"The {word} of step 3 is" in printed
+    assert f"[Step 3/7] | The {word} is" in printed
     assert [record["step"] for record in records if "skipped" in record] == [3, 5]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 4, 6, 7]
     assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
     for step in (3, 5):  # nothing of it has reached a weight
         assert all(map(torch.equal, before[step - 1], before[step]))
     assert not all(map(torch.equal, before[3], before[4]))
-    with pytest.raises(UserError, match=f"The {word} of step 5 is"):
+    with pytest.raises(UserError, match=f"The {word} is .* at step 5"):
         run(directory, tmp_path, kind=Strange, skip_nonfinite=1, **same)
-    with pytest.raises(UserError, match=f"The {word} of step 3 is"):
+    # Without the option it is found where a loss is logged: the gradient has made the weights NaN by then.
+    with pytest.raises(UserError, match="The loss is .* at step " + ("4" if word == "gradient norm" else "3")):
         run(directory, tmp_path, kind=Strange, **same)
 
 
 def test_a_broken_training_leaves_the_good_checkpoint(directory, tmp_path, monkeypatch):
     monkeypatch.setattr(Strange, "at", (4,))
-    with pytest.raises(UserError, match=r"of step 4 is nan.*--restart \(.*checkpoint-3 is from before it\)"):
+    with pytest.raises(UserError, match=r"The loss is nan at step 4.*--restart \(.*checkpoint-3 is from before it\)"):
         run(directory, tmp_path, kind=Strange, micro_batch_tokens=10_000, eval_rows=0, save_steps=1)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
 
@@ -258,9 +261,9 @@ def test_static_shapes_are_static_for_the_short_last_batch_too(directory, tmp_pa
     shapes = set()
 
     class Recording(CausalLMLoss):
-        def forward(self, *batch):
-            shapes.update(tensor.shape for tensor in batch)
-            return super().forward(*batch)
+        def forward(self, **batch):
+            shapes.update(tensor.shape for tensor in batch.values() if tensor is not None)
+            return super().forward(**batch)
 
     _, static, *_ = run(directory, tmp_path, CPU._replace(static_shapes=True), kind=Recording)
     assert shapes == {torch.Size([4, 64])}
@@ -320,12 +323,12 @@ def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, 
     size = os.path.getsize(f"{directory}/model.safetensors")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
-    assert isinstance(load_to_train(args, CPU), CausalLMLoss)
+    assert isinstance(load_for_training(args, PLAN, CPU), CausalLMLoss)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
     monkeypatch.setattr("model.loading.load_model", None)
     line = rf"^The trained model takes {size / 1e9:.1f} GB in {args.save_dir}, and that disk has \d+\.\d GB free\. "
     with pytest.raises(UserError, match=line + r"Free some space, or give another --save-dir\.$"):
-        load_to_train(args, CPU)
+        load_for_training(args, PLAN, CPU)
     assert not (tmp_path / "new").exists()
 
 
