@@ -11,10 +11,10 @@ from datetime import datetime
 from itertools import groupby
 
 import pytest
-
 from common.chat import Chat, chat_of
 from common.chat_rows import encode_conversations, encode_question
 from common.conversation import chat, checked
+
 from common.dataset_file import stop_token_ids
 from common.support.exit import UserError
 from common.tokenization import load_tokenizer

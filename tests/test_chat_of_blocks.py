@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from common.chat import Chat
 from common.chat_of_blocks import chat_of_blocks
 from common.chat_rows import encode_conversations
 from common.conversation import chat
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from common.dataset_file import load_dataset
 from common.support.exit import UserError
 from common.tokenization import Example, encode_prompt, load_tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from common.chat_of_blocks import QUESTIONS, chat_of_blocks
+
 from common.tokenization import encode_prompt
 from dataset.templates import alpaca, korean_alpaca
 from tests import export_check
