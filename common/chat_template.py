@@ -91,7 +91,7 @@ class ChatTemplate:
                 self.original_ids[marker] = self.end_ids[marker] = token_id
                 flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
                 markers.append(AddedToken(marker, normalized=False, **flags))
-            elif token.content.strip():
+            elif token.content.strip() and token.content in str(tokenizer.chat_template):
                 self.end_ids[token.content] = token_id  # some models end a turn with a token that is not special
         self.raw_tokenizer.add_tokens(markers)  # all at once: each call builds the tokenizer's automaton again
         longest_first = sorted(map(re.escape, self.swapped), key=len, reverse=True)
