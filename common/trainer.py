@@ -12,11 +12,11 @@ from torch import nn
 from common import distributed
 from common.batches import Batches
 from common.checkpoint import Checkpoints, State, begin_again_with
-from common.device import Device, memory_used
+from common.device import Device, explain_out_of_memory, memory_used, reset_peak
 from common.optim import clip_gradients, learning_rate
 from common.support.cli import memory_saving_options
 from common.support.exit import Stopped, StopRequest, UserError, is_out_of_memory
-from common.train_log import Clock, CurvesToo, TrainingLog, facts_of_run
+from common.train_log import Clock, TrainLog, run_facts
 
 
 @contextlib.contextmanager
@@ -109,10 +109,13 @@ def train(model, optimizer, dataset: dict, args, device: Device, checkpoints: Ch
     """
     training = Training(model, optimizer, dataset, args, device, checkpoints)
     state = training.state
-    print(device.memory())
+    print(device.memory_line())
+    reset_peak(device.torch_device)
+    needed = _training_state_bytes(training.trained, model)
+    room = "weights, gradients and optimizer states", needed, device.torch_device, memory_saving_options(args)
     with training.stop:
         try:
-            with training.log as log, device.room_for_training(model, memory_saving_options(args)):
+            with training.log as log, explain_out_of_memory(*room):
                 model.train()
                 while True:
                     if not state.reported:
@@ -131,12 +134,22 @@ def train(model, optimizer, dataset: dict, args, device: Device, checkpoints: Ch
             training.drop_step()
             training.require_numbers()
             checkpoints.leave(training.up_to_date(), training.stop)
-    print(device.memory())
+    print(device.memory_line())
     if plan:
         print(plan.compared(memory_used(device.torch_device)[1]))
     print("Training Done")
     options = {**vars(args), "micro_batch_tokens": state.micro_batch_tokens}
-    return {**facts_of_run(options, dataset["meta"], device.name), **training.measured()}
+    return {**run_facts(options, dataset["meta"], device.name), **training.measured()}
+
+
+def _training_state_bytes(trained: List[torch.Tensor], model: nn.Module) -> int:
+    """Bytes of the weights of this rank, and for the trained ones of their gradients and AdamW's states in float32."""
+
+    def numel(weight):
+        return weight.to_local().numel() if hasattr(weight, "to_local") else weight.numel()
+
+    weights = sum(numel(weight) * weight.element_size() for weight in model.parameters())
+    return weights + sum(numel(weight) * (weight.element_size() + 8) for weight in trained)
 
 
 class Training:
@@ -169,7 +182,7 @@ class Training:
         self.loss_sum = torch.tensor(self.state.loss_sum, device=device.torch_device)
         self.finite = Finite(device.torch_device, self.scaler.is_enabled())
         of_log = args.save_dir, self.total_steps, self.state.step, self.state.records
-        self.log = CurvesToo(*of_log) if args.report_to else TrainingLog(*of_log)
+        self.log = TrainLog(*of_log, args.report_to)
 
     def step(self) -> None:
         """One optimizer step. Its loss is the sum over all micro-batches, divided by the label tokens of the whole
@@ -224,7 +237,7 @@ class Training:
         tokens = self.state.micro_batch_tokens = self.held_out.micro_batch_tokens = self.batches.micro_batch_tokens
         if distributed.world_size() > 1:  # the others wait where this one has left them
             begin_again_with(tokens, self.args)
-        self.log.say(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
+        self.log.write_line(f"The memory is full: from here on --micro-batch-tokens is {tokens}.")
         return None
 
     def report(self) -> None:
@@ -240,12 +253,12 @@ class Training:
             loss = self.loss_sum.item() / state.label_tokens
             self.end_at(self.finite.late())
             lr = learning_rate(step, self.total_steps, args.lr, args.warmup_steps, args.lr_scheduler)
-            self.log.training_loss(step, loss, self.clock.seconds(), state.tokens, lr)
+            self.log.log_train(step, loss, self.clock.seconds(), state.tokens, lr)
             self.loss_sum.zero_()
             state.label_tokens, state.tokens = 0, 0
             self.clock.restart()
         if held_out is not None:
-            self.log.held_out_loss(step, held_out)
+            self.log.log_eval(step, held_out)
         state.reported = True
         if args.keep_best and step and held_out is not None and (state.best_loss is None or held_out < state.best_loss):
             before = state.best_step, state.best_loss

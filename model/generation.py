@@ -13,7 +13,7 @@ from common.answers import Answers
 from common.batches import Batches
 from common.support.exit import UserError
 from common.tokenization import max_prompt_tokens
-from common.train_log import facts_of_run, with_progress
+from common.train_log import run_facts, with_progress
 from common.trainer import total_loss
 from model.loss import CausalLMLoss, require_causal
 
@@ -85,7 +85,7 @@ def answer_rows(
     batches = _of_like_length(prompts, args.batch_rows)
     if answers.done:
         print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
-    answers.begin(facts_of_run(vars(args), {}, device.name))
+    answers.begin(run_facts(vars(args), {}, device.name))
     with answers:
         for rows in with_progress(batches, len, "answers", len(answers.rows), len(answers.done)):
             some = [prompts[row] for row in rows]

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from common import distributed
 from common.checkpoint import FULL_MEMORY, checkpoints_in
 from common.dataset_file import stop_token_ids
-from common.device import room_for
+from common.device import explain_out_of_memory
 from common.support.cli import memory_saving_options
 from common.support.exit import UserError, disk_problem, short_message, without_secrets
 from common.support.files import atomic_write, require_disk_space, weights_fingerprint
@@ -108,7 +108,8 @@ def load_model(
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    with room_for(f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device, options):
+    needed = bytes_of_weights(base) * in_memory // stored.bits
+    with explain_out_of_memory(f"the weights of {base}", needed, device, options):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()
