@@ -260,7 +260,7 @@ def draw_losses(records: List[dict], path: Path, best: Optional[Tuple[int, float
     if best:
         axes.plot(*best, "*", color="tab:red", markersize=14, label="saved")
     axes.set(xlabel="optimizer step", ylabel="loss per token", title="Loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
