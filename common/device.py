@@ -212,11 +212,11 @@ def explain_out_of_memory(
         total = total_memory(device)
         if needed_bytes > total:  # smaller micro-batches would not help
             options = [option for option in options if option in WEIGHT_OPTIONS]
-        size = f"take {needed_bytes / 1e9:.1f} GB, the device has" if needed_bytes else "do not fit into"
-        advice = (
-            f"To use less memory, add {', '.join(options)}." if options else "Use a larger device or a smaller model."
-        )
-        raise UserError(f"Out of memory: {what} {size} {total / 1e9:.1f} GB. {advice}") from None
+        advice = "Use a larger device or a smaller model."
+        if options:
+            advice = f"To save memory, use {', '.join(options)}."
+        needs = f"{what} take {needed_bytes / 1e9:.1f} GB, " if needed_bytes else f"{what} do not fit, "
+        raise UserError(f"Out of memory: {needs}the device has {total / 1e9:.1f} GB. {advice}") from None
 
 
 def devices(device: Device) -> List[dict]:

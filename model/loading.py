@@ -87,7 +87,11 @@ def _with_adapter(base: nn.Module, directory: str, args) -> nn.Module:
 
 
 def load_model(
-    model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None, options=()
+    model_dir: str,
+    device: torch.device,
+    dtype: Optional[torch.dtype] = torch.float32,
+    bits=None,
+    options=("--load-in-4bit",),
 ):
     """The model of `model_dir` on `device`, its weights in `dtype`; None: in the type in which they are stored.
 

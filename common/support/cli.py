@@ -252,7 +252,9 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--log-interval", type=positive_int, help="steps from one log line to the next")
     add("--eval-step", type=non_negative_int, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=non_negative_int, default=256, help="held-out rows to use at most; 0: none")
-    curves = "report the log as curves too: to files in the save directory (tensorboard), or to https://wandb.ai (wandb)"
+    curves = (
+        "report the log as curves too: to files in the save directory (tensorboard), or to https://wandb.ai (wandb)"
+    )
     add("--report-to", type=reporter, metavar="tensorboard|wandb", help=curves)
 
     checkpoints = parser.add_argument_group("a training that is cut goes on by the same command, from its checkpoint")
