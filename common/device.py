@@ -1,4 +1,4 @@
-"""What the machine is: the only file that asks. MoAI Platform, CUDA or ROCm (both are `cuda` to torch), or CPU."""
+"""The device of this machine: MoAI Platform, CUDA or ROCm (torch calls both "cuda"), or a CPU. No other file asks."""
 
 from __future__ import annotations
 
@@ -7,232 +7,243 @@ import ctypes
 import gc
 import importlib
 import os
-import resource
 import sys
-from typing import Dict, List, NamedTuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
+import psutil
 import torch
 
 from common import distributed
-from common.support.exit import UserError, install_hint, is_out_of_memory
+from common.support import compat
+from common.support.exit import UserError, is_out_of_memory
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+WEIGHT_OPTIONS = ("--use-lora", "--load-in-4bit")  # make weights, gradients and optimizer states smaller
 
 
 class Device(NamedTuple):
-    """The device, its name, the type of its matrix products, and whether every step must have one shape."""
+    """What a script runs on; `start_device` finds it."""
 
     torch_device: torch.device
     name: str
-    dtype: torch.dtype  # torch.float32: no mixed precision
-    static_shapes: bool  # MoAI compiles a graph for each shape
-
-    @property
-    def micro_batch_tokens(self) -> int:
-        """A CPU is as fast on small micro-batches; a GPU wants large ones to be busy."""
-        return 1024 if self.torch_device.type == "cpu" else 4096
-
-    @property
-    def packs(self) -> bool:
-        """Whether rows go without padding, where the model takes them so: measured on a CPU alone."""
-        return self.torch_device.type == "cpu" and not self.static_shapes
+    dtype: torch.dtype  # of matrix products; torch.float32: no mixed precision
+    static_shapes: bool  # MoAI Platform compiles a graph for each shape, so every step must have the same one
 
     @property
     def platform(self) -> str:
         """ "MoAI", "CUDA", "ROCm" or "CPU"."""
-        gpu = "ROCm" if torch.version.hip else "CUDA"
-        return "MoAI" if self.static_shapes else "CPU" if self.torch_device.type == "cpu" else gpu
+        if self.static_shapes:
+            return "MoAI"
+        if self.torch_device.type == "cpu":
+            return "CPU"
+        return "ROCm" if torch.version.hip else "CUDA"
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """The default of --micro-batch-tokens: a GPU needs large micro-batches to be busy, a CPU does not."""
+        return 1024 if self.torch_device.type == "cpu" else 4096
+
+    @property
+    def packs(self) -> bool:
+        """Whether rows are packed without padding, which was measured to be faster on a CPU."""
+        return self.torch_device.type == "cpu" and not self.static_shapes
 
     def autocast(self):
-        """Matrix products in `dtype`, everything else and the weights themselves in float32."""
+        """A context in which matrix products are in `dtype`, while the weights stay in float32."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.torch_device.type, dtype=self.dtype)
 
     def gradient_scaler(self):
         """float16 gradients underflow unless the loss is scaled up (https://arxiv.org/abs/1710.03740)."""
-        enabled = self.dtype == torch.float16
-        if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
-            return torch.amp.GradScaler(self.torch_device.type, enabled=enabled)
-        return torch.cuda.amp.GradScaler(enabled=enabled)
+        return compat.gradient_scaler(self.torch_device.type, enabled=self.dtype == torch.float16)
 
     def random_states(self) -> Dict[str, torch.Tensor]:
-        """The state of torch's generator, and of the device's: what dropout draws next. uint8 tensors."""
+        """The states of the random number generators, which dropout draws from: uint8 tensors."""
         states = {"cpu": torch.get_rng_state()}
-        return {**states, "cuda": torch.cuda.get_rng_state()} if self.torch_device.type == "cuda" else states
+        if self.torch_device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state()
+        return states
 
     def set_random_states(self, states: Dict[str, torch.Tensor]) -> None:
+        """Set what `random_states` returned."""
         torch.set_rng_state(states["cpu"])
         if self.torch_device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"])
 
     def synchronize(self) -> None:
-        """Wait until the device has finished, so that a clock read after this tells the truth."""
+        """Wait until the device has finished its work. Without this, a clock is read too early."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize()
 
     def release_memory(self) -> None:
-        """Give back what a step that failed still holds in circles, and what torch keeps in pieces that fit nothing."""
+        """Free the tensors of a failed step, and the cached blocks that are too small for the next one."""
         gc.collect()
         if self.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 
     def memory_line(self) -> str:
-        """What the device's memory holds of this process, now and at most so far, and what share of it that is."""
-        used, peak = memory_used(self)
-        if not peak:
-            return "Memory: see moreh-smi" if self.static_shapes else f"Memory: not known, {install_hint('psutil')}"
+        """What this process uses of the device's memory, for the terminal. All ranks must call it."""
+        if self.static_shapes:
+            return "Memory: see moreh-smi"
+        used, peak = memory_used(self.torch_device)
         total = total_memory(self.torch_device)
-        share = f"{peak / total:.0%} of {total / 1e9:.1f} GB"
-        of = f", the largest of {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
-        return f"Memory: {used / 1e9:.2f} GB in use, {peak / 1e9:.2f} GB at its peak, which is {share}{of}"
-
-    def room_for_training(self, model: torch.nn.Module, options):
-        """Inside, a full memory ends in one line; it knows what the training of `model` takes before any activation."""
-        reset_peak(self)
-        # a trained weight has a gradient like itself and AdamW's two states, float32; of several processes each a slice
-        own = [(w.to_local() if hasattr(w, "to_local") else w, w.requires_grad) for w in model.parameters()]
-        fixed = sum(w.numel() * (2 * w.element_size() + 8 if trained else w.element_size()) for w, trained in own)
-        return explain_out_of_memory("weights, gradients and AdamW's states", fixed, self.torch_device, options)
+        line = (
+            f"Memory: {used / 1e9:.2f} GB used, peak {peak / 1e9:.2f} GB ({peak / total:.0%} of {total / 1e9:.1f} GB)"
+        )
+        if distributed.world_size() > 1:
+            line += f", maximum over {distributed.world_size()} processes"
+        return line
 
 
 def start_device(seed: int, deterministic: bool = False) -> Device:
-    """Find the device and seed torch; `deterministic`: one seed, one result, to the last bit on a machine.
+    """Find the device, join the other ranks and seed torch. Call it before the model is built: on MoAI Platform it
+    turns automatic parallelization on.
 
-    To be called before the model is built: on MoAI Platform it turns automatic parallelization on, and of several
-    processes each joins the others.
+    With `deterministic`, one seed gives one result on one machine, to the last bit.
     """
-    moai = _moai()
+    moai = _find_moai()
     distributed.init(moai is not None)
     if moai is not None:
         moai.option.enable_advanced_parallelization()
-    # On a CPU oneDNN keeps a program for each shape of a product that it has seen, up to 1024 of them: over a training
-    # with rows of all lengths that is more than the model (https://uxlfoundation.github.io/oneDNN, primitive cache)
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(cache, "128")
+    # On a CPU, oneDNN caches a program for each shape of a matrix product, 1024 by default. With rows of all lengths
+    # they take more memory than the model (https://uxlfoundation.github.io/oneDNN, primitive cache).
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
     torch.manual_seed(seed)
     if deterministic and moai is None:
-        # cuBLAS gives the same sums in the same order only with this, set before its first call
+        # cuBLAS adds in a fixed order only with this, set before its first call
         # (https://docs.pytorch.org/docs/stable/notes/randomness.html)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        # torch 2.2 has a repeatable backward pass of attention, and takes it only without warn_only
-        strict = hasattr(torch.utils, "deterministic")
-        torch.use_deterministic_algorithms(True, warn_only=not strict)
-        if strict:
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a check for bugs that costs time
-    several = distributed.world_size() > 1
-    if torch.cuda.is_available():
-        # T4 and older report bfloat16 as supported, because CUDA emulates it, slowly; compute capability 8 has it
-        bf16 = moai is not None or torch.version.hip is not None or torch.cuda.get_device_capability()[0] >= 8
-        name = torch.cuda.get_device_name()
-        device = torch.device("cuda", distributed.local_rank()) if several else torch.device("cuda")
-        device = Device(device, name, torch.bfloat16 if bf16 else torch.float16, moai is not None)
-    else:
-        dtype = torch.bfloat16 if _cpu_has_bf16() else torch.float32
-        name = f"CPU, {torch.get_num_threads()} threads"
-        device = Device(torch.device("cpu"), name, dtype, moai is not None)
-    if several:
-        device = device._replace(name=f"{distributed.world_size()} processes, each on {name}")
+        compat.use_deterministic_algorithms()
+    device = _find_device(moai is not None)
     print(f"Device: {device.name}, {str(device.dtype).replace('torch.', '')}")
     return device
 
 
-def _moai():
-    """`torch.moreh`, which comes with the platform's own build of torch, or None."""
+def _find_moai():
+    """`torch.moreh`, which is part of MoAI Platform's own build of torch, or None."""
     with contextlib.suppress(ImportError):
         importlib.import_module("torch.moreh")
     return getattr(torch, "moreh", None)
 
 
+def _find_device(moai: bool) -> Device:
+    ranks = distributed.world_size()
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        torch_device = torch.device("cuda", distributed.local_rank()) if ranks > 1 else torch.device("cuda")
+        # CUDA emulates bfloat16 on a T4 and older GPUs, slowly. Compute capability 8 is the first that has it.
+        has_bfloat16 = moai or bool(torch.version.hip) or torch.cuda.get_device_capability()[0] >= 8
+        dtype = torch.bfloat16 if has_bfloat16 else torch.float16
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+        torch_device = torch.device("cpu")
+        dtype = torch.bfloat16 if _cpu_has_bf16() else torch.float32
+    if ranks > 1:
+        name = f"{ranks} processes, each on {name}"
+    return Device(torch_device, name, dtype, static_shapes=moai)
+
+
 def _cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX), which is faster than float32 where it does.
-
-    torch tells since 2.4, by names that start with an underscore; an older torch trains in float32 here.
-    """
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        if getattr(getattr(torch, "cpu", None), name, lambda: False)():
-            return True
-    return False
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512_BF16, AMX), which is faster than float32."""
+    return compat.cpu_supports("avx512_bf16") or compat.cpu_supports("amx_tile")
 
 
-def memory_used(device) -> List[int]:
-    """Bytes of the device's memory that a process holds, now and at most so far, of several the largest; 0 and 0 where
-    nothing tells."""
-    if device.static_shapes:
-        return [0, 0]
-    if device.torch_device.type == "cuda":
-        return distributed.all_reduce_max([torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()])
-    try:
-        import psutil
-    except ImportError:
-        return [0, 0]
-    used, most = psutil.Process().memory_info().rss, 0
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:  # Linux has one that can be reset
-        most = 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def memory_used(device: torch.device) -> Tuple[int, int]:
+    """Bytes of the device's memory that this process uses, and its peak; with several ranks, the maximum over them."""
+    if device.type == "cuda":
+        numbers = [torch.cuda.memory_allocated(), torch.cuda.max_memory_reserved()]
+    else:
+        used = psutil.Process().memory_info().rss
+        numbers = [used, max(used, _peak_of_process())]
+    used, peak = distributed.all_reduce_max(numbers)
+    return int(used), int(peak)
+
+
+def _peak_of_process() -> int:
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM"):  # Linux has this one, which can be reset
+                return 1024 * int(line.split()[1])
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
-    return distributed.all_reduce_max(
-        [used, max(used, most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)]
-    )
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def reset_peak(device) -> None:
-    """From here on the peak is that of the training, and not what reading a model's files took."""
+def reset_peak(device: torch.device) -> None:
+    """Start measuring the peak again, where the system can: reading a model's files is not part of the training."""
     gc.collect()
-    if device.torch_device.type == "cuda" and not hasattr(torch, "moreh"):
+    if device.type == "cuda" and not hasattr(torch, "moreh"):
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as marks:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
-        marks.write("5")  # https://docs.kernel.org/filesystems/proc.html
+    with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as file:
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory
+        file.write("5")  # https://docs.kernel.org/filesystems/proc.html
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of the GPU's memory, or of the main memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(what: str, needed: int, device: torch.device, options=()):
-    """Inside, a full memory ends in one line: that `what` takes `needed` bytes, what there is, which options help."""
+def explain_out_of_memory(
+    what: str, needed_bytes: int, device: torch.device, options: Iterable[str] = ()
+) -> Iterator[None]:
+    """Inside, an out-of-memory error becomes a UserError: how much `what` needs, and which `options` need less.
+
+    needed_bytes: the part of the memory that is known beforehand; 0 where it is not known.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         total = total_memory(device)
-        # smaller pieces of the data would not help where even these don't fit
-        of_weights = ("--use-lora", "--load-in-4bit")
-        options = [option for option in options if needed <= total or option in of_weights]
-        helps = f"What takes less: {', '.join(options)}." if options else "Take a larger device, or a smaller model."
-        raise UserError(
-            f"the memory is full: {what} take {needed / 1e9:.1f} GB, the device has {total / 1e9:.1f} GB. {helps}"
-        ) from None
+        if needed_bytes > total:  # smaller micro-batches would not help
+            options = [option for option in options if option in WEIGHT_OPTIONS]
+        advice = "Use a larger device or a smaller model."
+        if options:
+            advice = f"To save memory, use {', '.join(options)}."
+        needs = f"{what} take {needed_bytes / 1e9:.1f} GB, " if needed_bytes else f"{what} do not fit, "
+        raise UserError(f"Out of memory: {needs}the device has {total / 1e9:.1f} GB. {advice}") from None
 
 
-def total_memory(device: torch.device) -> int:
-    """Bytes of the device's memory, or of the main memory."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def devices(device) -> List[dict]:
-    """Of each device its name, bytes of memory that all programs use, and in total, utilization in percent; None where
-    nothing tells."""
-
-    def device(name, used, total, utilization):
-        return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
-
+def devices(device: Device) -> List[dict]:
+    """For each device its name, its memory that all programs use and in total (bytes), and its utilization (percent);
+    None where that is not known."""
     if device.torch_device.type == "cpu":
-        try:
-            import psutil
-        except ImportError:  # before the first pip install
-            return [device(device.name, None, total_memory(device.torch_device), None)]
         memory = psutil.virtual_memory()
-        return [device(device.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
-
-    def ask(question, index):  # drivers, and torch where a driver's Python package lacks, each fail in their own way
-        try:
-            return question(index)
-        except Exception:
-            return None
-
+        return [_facts(device.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
     found = []
     for index in range(torch.cuda.device_count()):
-        name, utilization = torch.cuda.get_device_name(index), ask(torch.cuda.utilization, index)
-        properties = ask(torch.cuda.get_device_properties, index)
-        free, total = ask(torch.cuda.mem_get_info, index) or (None, getattr(properties, "total_memory", None))
-        found.append(device(name, None if free is None else total - free, total, utilization))
+        free_and_total = _or_none(torch.cuda.mem_get_info, index)
+        if free_and_total:
+            free, total = free_and_total
+            used = total - free
+        else:
+            total = _or_none(total_memory, torch.device("cuda", index))
+            used = None
+        found.append(_facts(torch.cuda.get_device_name(index), used, total, _or_none(torch.cuda.utilization, index)))
     return found
+
+
+def _facts(name: str, used, total, utilization) -> dict:
+    return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
+
+
+def _or_none(ask, argument):
+    try:
+        return ask(argument)
+    except Exception:  # drivers fail in many ways, and so does torch where a driver's Python package is missing
+        return None

@@ -39,7 +39,7 @@ def train(model, optimizer, dataset: dict, args, plan, device: Device, resume: O
             trainer.save_and_exit()
     print(device.memory_line())
     if plan.prediction:
-        print(plan.prediction.compare_with_measured(memory_used(device)[1]))
+        print(plan.prediction.compare_with_measured(memory_used(device.torch_device)[1]))
     print("Training Done")
     return trainer.summary()
 
@@ -103,7 +103,7 @@ class Trainer:
         self.stop_request = StopRequest()
         self.clock = Clock(device, self.state.seconds)
         self.log = TrainLog(args.save_dir, self.total_steps, self.state.step, self.state.records, args.report_to)
-        reset_peak(device)
+        reset_peak(device.torch_device)
 
     def run(self) -> None:
         """All steps, with their log lines and checkpoints. Raises Stopped where the training was asked to stop."""

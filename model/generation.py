@@ -11,11 +11,14 @@ from transformers import TextStreamer
 
 from common.answers import Answers
 from common.batches import Batches
+from common.device import explain_out_of_memory
 from common.support.exit import UserError
 from common.tokenization import max_prompt_tokens
-from common.train_log import facts_of_run, with_progress
+from common.train_log import run_facts, with_progress
 from common.trainer import total_loss
 from model.loss import CausalLMLoss, require_causal
+
+MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
@@ -36,15 +39,16 @@ def stream_answer(
     if show_prompt:
         print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
     model.eval()
-    output = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=ends,
-        pad_token_id=tokenizer.eos_token_id,
-        **_sampling(temperature),
-    )[0, prompt.shape[1] :]
+    with explain_out_of_memory("prompt and answer", 0, model.device, ["--load-in-4bit", "--max-new-tokens"]):
+        output = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.eos_token_id,
+            **_sampling(temperature),
+        )[0, prompt.shape[1] :]
     if int(output[-1]) not in ends:
         print(f"(cut after --max-new-tokens {max_new_tokens}: the answer has not ended by itself)")
     return tokenizer.decode(output, skip_special_tokens=True)
@@ -85,8 +89,8 @@ def answer_rows(
     batches = _of_like_length(prompts, args.batch_rows)
     if answers.done:
         print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
-    answers.begin(facts_of_run(vars(args), {}, device.name))
-    with answers:
+    answers.begin(run_facts(vars(args), {}, device.name))
+    with answers, explain_out_of_memory("prompts and answers", 0, model.device, MEMORY_SAVING):
         for rows in with_progress(batches, len, "answers", len(answers.rows), len(answers.done)):
             some = [prompts[row] for row in rows]
             found = answer_ids(model, tokenizer, some, args.max_new_tokens, ends, args.temperature)
@@ -125,7 +129,8 @@ def perplexity_and_answers(
         require_causal(model, model.name_or_path)
     with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
     loss, answers = 0.0, {}
-    with tqdm(total=len(prompts), desc=when, unit="row", dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(prompts), desc=when, unit="row", dynamic_ncols=True)
+    with bar, explain_out_of_memory("prompts and answers", 0, model.device, MEMORY_SAVING):
         for rows in _of_like_length(dict(enumerate(prompts)), batches.batch_size):
             loss += total_loss(with_loss, batches, rows, device)
             if max_new_tokens:

@@ -88,7 +88,11 @@ def _with_adapter(base: nn.Module, directory: str, args) -> nn.Module:
 
 
 def load_model(
-    model_dir: str, device: torch.device, dtype: Optional[torch.dtype] = torch.float32, bits=None, options=()
+    model_dir: str,
+    device: torch.device,
+    dtype: Optional[torch.dtype] = torch.float32,
+    bits=None,
+    options=("--load-in-4bit",),
 ):
     """The model of `model_dir` on `device`, its weights in `dtype`; None: in the type in which they are stored.
 
@@ -109,9 +113,8 @@ def load_model(
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    with explain_out_of_memory(
-        f"the weights of {base}", bytes_of_weights(base) * in_memory // stored.bits, device, options
-    ):
+    needed = bytes_of_weights(base) * in_memory // stored.bits
+    with explain_out_of_memory(f"the weights of {base}", needed, device, options):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()

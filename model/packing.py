@@ -20,6 +20,8 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=No
 
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None:
+        raise ValueError("this model makes a mask of its own")  # as packed_mask makes none
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
     for row in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):

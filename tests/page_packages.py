@@ -39,11 +39,16 @@ def of_summaries(command: Command) -> bool:
     return any("import summarization" in source for source in command.before)
 
 
+def reports_to(package: str, command: Command) -> bool:
+    return f"--report-to {package}" in " ".join(command.words)
+
+
 # what a script imports under some condition only: when it does
 OPTIONAL = {
     "bitsandbytes": in_fewer_bits,
     "rouge_score": of_summaries,
-    "tensorboard": lambda command: "--report-to" in command.words,
+    "tensorboard": lambda command: reports_to("tensorboard", command),
+    "wandb": lambda command: reports_to("wandb", command),
     "gguf": lambda command: "--tiny" not in command.words,  # nor is anything unpacked
 }
 
@@ -72,8 +77,9 @@ def imports(command: Command) -> Dict[str, str]:
             modules = modules_of(name, command.script.parent) or modules_of(name, command.root)
             ahead += [(module, module.read_text(encoding="utf-8")) for module in modules if module not in seen]
             seen.update(modules)
-            if not modules and name.split(".")[0] not in (*sys.stdlib_module_names, "__future__"):
-                found.setdefault(name.split(".")[0], f"{os.path.relpath(path, command.root)}:{line}")
+            package = "tensorboard" if name.startswith("torch.utils.tensorboard") else name.split(".")[0]
+            if not modules and package not in (*sys.stdlib_module_names, "__future__"):
+                found.setdefault(package, f"{os.path.relpath(path, command.root)}:{line}")
     return found
 
 

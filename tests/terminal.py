@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import select
+import struct
 import subprocess
+import termios
 import time
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 PROMPT = b"\n> "
-TIMEOUT = 120  # seconds; the longest conversation takes ten
+TIMEOUT = 1800  # seconds: against a command that hangs
 
 
 def run(arguments: List[str], typed: Sequence[bytes], cwd: Path, env: Dict[str, str]) -> Tuple[int, str]:
@@ -20,6 +23,7 @@ def run(arguments: List[str], typed: Sequence[bytes], cwd: Path, env: Dict[str, 
     The status is -9 where it has not ended in time, or has ended before all was typed.
     """
     master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # 40 lines of 100 letters
     process = subprocess.Popen(arguments, cwd=cwd, env=env, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     shown, left, deadline = b"", list(typed), time.time() + TIMEOUT

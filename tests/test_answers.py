@@ -237,7 +237,7 @@ def test_memory_that_gives_out_loses_nothing(never_cut_answers, asks, warm):
     once += f"        {again}\n        return once(*a, **k)\n    transformers.GenerationMixin.generate = later"
     (asks / "with.py").write_text(WITH.replace(again, once))
     done = warm(FILE.replace("python ", "python with.py answering "), cwd=asks, ok=None)
-    tells(done, "memory is full", "These options need less: --batch-rows, --load-in-4bit, --max-new-tokens.")
+    tells(done, "Out of memory", "To save memory, use --batch-rows, --load-in-4bit, --max-new-tokens.")
     assert len(lines(asks / "answers.jsonl")) == 2
     warm(f"{FILE} --batch-rows 1", cwd=asks)
     assert lines(asks / "answers.jsonl") == never_cut_answers

@@ -196,6 +196,7 @@ NOT_PACKED = {
     "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
     "recurrent_gemma", "zamba2",  # a state goes on from token to token
     "bloom", "codegen", "doge", "falcon", "gpt_neo", "gptj", "mpt", "xglm",  # attention, or a mask, of their own
+    "nemotron", "stablelm",  # they do not pass cu_seq_lens_q on
 }  # fmt: skip
 
 # Where plain transformers itself answers a prompt differently beside a longer one, and why.

@@ -61,7 +61,7 @@ PHASES = {
     "before-the-optimizer's-step": ("+torch.nn.utils:clip_grad_norm_ 5.1", 4, [4]),
     "after-the-optimizer's-step": ("-common.device:Device.random_states 5.1", 4, [4]),
     "in-the-held-out-loss": ("-common.trainer:forward 6.5", 4, [4]),
-    "between-the-log-lines": ("-common.trainer:Trainer.log_train_loss 6.1", 4, [4]),
+    "between-the-log-lines": ("-common.train_log:TrainLog.log_eval 6.1", 4, [4]),
     "between-a-checkpoint's-parts": ("open:checkpoint.json 4.1", 2, [2]),
     "before-the-rename": ("os.rename:checkpoint-4 4.1", 2, [2]),
     "after-the-rename": ("shutil.rmtree:checkpoint-4 4.1", 4, [2, 4]),

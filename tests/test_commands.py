@@ -24,7 +24,7 @@ from tests.helpers import HAS_QWEN3, STEP, adapter_weights, quantizes, records, 
 from tests.hub_server import HubServer
 from tests.tutorials import DEFAULTS, HELD_OUT_ROWS, PAGES, ROWS
 
-MEMORY = re.compile(r"Memory: \d+\.\d\d GB in use, \d+\.\d\d GB at its peak, which is \d+% of \d+\.\d GB")
+MEMORY = re.compile(r"Memory: \d+\.\d\d GB used, peak \d+\.\d\d GB \(\d+% of \d+\.\d GB\)")
 HELD_OUT = re.compile(r"\[Step (\d+)/(\d+)\] \| Held-out loss: \d+\.\d{5}")
 
 

@@ -1,30 +1,75 @@
-"""--report-to tensorboard: the log's numbers as curves, one point a step, however often the training was cut."""
+"""--report-to: the log's numbers as curves, one point a step, however often the training was interrupted."""
 
 from __future__ import annotations
 
+import json
+import struct
+
 import pytest
 
-from common.train_log import PLACE
 from tests.conftest import ROOT, run
-from tests.cuts import SAVED, SHORT, TRAIN, checkpoints, killed, train, went_on
+from tests.cuts import KILLED, SAVED, SHORT, TRAIN, checkpoints, killed, went_on
 from tests.helpers import contents, records, tells, weights
 from tests.test_several import needs_fsdp2, torchrun
 
-WORDS = f"{SHORT} --report-to tensorboard"
+REPORTERS = ["tensorboard", "wandb"]
+OFFLINE = {"WANDB_MODE": "offline"}
 
 
-def curves(folder):
-    """{name: [(step, value), ...]} of all that is in the directory, points that TensorBoard would hide too."""
-    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+def train(warm, folder, words, cut=""):
+    """Run the training; cut: SIGNAL PLACE COUNT of tests/killed.py."""
+    before = f"{KILLED} {cut} " if cut else ""
+    return warm(f"python {before}{TRAIN} {words}", cwd=folder, env=OFFLINE, ok=None if cut else True)
+
+
+def curves(folder, reporter):
+    """{name: [(step, value), ...]} of all that the reporter has written."""
+    pytest.importorskip(reporter)
     found = {}
-    for file in (folder / SAVED / PLACE).iterdir():
-        for event in loader.EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.tensor.float_val[0]))
+    points = tensorboard_points if reporter == "tensorboard" else wandb_points
+    for name, step, value in points(folder / SAVED / reporter):
+        found.setdefault(name, []).append((step, value))
     return found
 
 
-def of_log(folder):
+def tensorboard_points(directory):
+    """Points that TensorBoard would hide, too."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    for file in directory.iterdir():
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                yield value.tag, event.step, value.tensor.float_val[0]
+
+
+def wandb_points(directory):
+    """What `wandb sync` would upload. Its file is a log of LevelDB in blocks of 32 KB, each record of it a protobuf
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for file in directory.glob("offline-run-*/*.wandb"):
+        data = file.read_bytes()
+        assert data[:4] == b":W&B"
+        place = 7
+        message = b""
+        while place < len(data):
+            if 2**15 - place % 2**15 < 7:  # no room for a header: the next block
+                place += 2**15 - place % 2**15
+                continue
+            _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+            message += data[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):  # whole, or the last part
+                record = Record()
+                record.ParseFromString(message)
+                message = b""
+                for item in record.history.item:
+                    name = item.key or ".".join(item.nested_key)
+                    if not name.startswith("_"):  # its own time and step
+                        yield name, record.history.step.num, json.loads(item.value_json)
+
+
+def logged(folder):
     """The same by training_log.jsonl."""
     names, log = ("loss", "held_out_loss", "lr", "tokens_per_second"), records(folder / SAVED)
     return {
@@ -33,74 +78,98 @@ def of_log(folder):
     }
 
 
-def test_curves_are_those_of_the_log(small, warm, never_cut):
-    """And the saved model, which has taken its place in one step, is that of a training without."""
-    pytest.importorskip("tensorboard")
-    train(warm, small, WORDS)
-    assert curves(small) == of_log(small)
-    assert {name: [step for step, _ in points] for name, points in curves(small).items()} == {
+def files(folder, reporter):
+    pattern = "events.out.tfevents.*" if reporter == "tensorboard" else "offline-run-*/*.wandb"
+    return [path.name for path in (folder / SAVED / reporter).glob(pattern)]
+
+
+@pytest.mark.parametrize("reporter", REPORTERS)
+def test_curves_are_those_of_the_log(reporter, small, warm, never_cut):
+    """And the saved model is that of a training without."""
+    pytest.importorskip(reporter)
+    words = f"{SHORT} --report-to {reporter}"
+    train(warm, small, words)
+    assert curves(small, reporter) == logged(small)
+    assert {name: [step for step, _ in points] for name, points in curves(small, reporter).items()} == {
         "loss": [3, 6, 7], "held_out_loss": [0, 2, 4, 6, 7], "lr": [3, 6, 7], "tokens_per_second": [3, 6, 7],
     }  # fmt: skip
     without = never_cut(SHORT)
     assert weights(small / SAVED) == weights(without / SAVED)
     names = [{path.name for path in (folder / SAVED).iterdir()} for folder in (small, without)]
-    assert names[0] == names[1] | {PLACE}
-    before = [path.name for path in (small / SAVED / PLACE).iterdir()]
-    train(warm, small, f"{WORDS} --seed 1")  # another training into the same place
-    assert curves(small) == of_log(small) and len(before) == len([*(small / SAVED / PLACE).iterdir()]) == 1
+    assert names[0] == names[1] | {reporter}
+    before = files(small, reporter)
+    train(warm, small, f"{words} --seed 1")  # another training into the same directory
+    assert curves(small, reporter) == logged(small)
+    assert len(before) == len(files(small, reporter)) == 1 and before != files(small, reporter)
 
 
-@pytest.mark.parametrize("first", [WORDS, SHORT], ids=["asked from the beginning", "asked when it goes on"])
-def test_a_training_that_was_cut_has_one_curve(first, small, warm):
-    """Killed in step 6, it goes on from step 4, and writes what followed a second time."""
-    pytest.importorskip("tensorboard")
-    killed(train(warm, small, f"{first} --log-interval 1 --save-steps 4", cut="9 -torch:Tensor.backward 6.1"))
+@pytest.mark.parametrize("reporter", REPORTERS)
+def test_a_training_that_was_killed_has_one_curve(reporter, small, warm):
+    """Killed in step 6, it resumes from step 4, and reports what followed a second time."""
+    pytest.importorskip(reporter)
+    words = f"{SHORT} --report-to {reporter} --log-interval 1 --save-steps 4"
+    killed(train(warm, small, words, cut="9 -torch:Tensor.backward 6.1"))
     assert checkpoints(small) == [4]
-    if first == WORDS:
-        assert [step for step, _ in curves(small)["loss"]] == [1, 2, 3, 4, 5]
-    assert went_on(train(warm, small, f"{WORDS} --log-interval 1 --save-steps 4")) == 4
-    assert curves(small) == of_log(small)
-    assert [step for step, _ in curves(small)["loss"]] == [1, 2, 3, 4, 5, 6, 7]
+    before = files(small, reporter)
+    if reporter == "tensorboard":
+        assert [step for step, _ in curves(small, reporter)["loss"]] == [1, 2, 3, 4, 5]
+    assert went_on(train(warm, small, words)) == 4
+    assert curves(small, reporter) == logged(small)
+    assert [step for step, _ in curves(small, reporter)["loss"]] == [1, 2, 3, 4, 5, 6, 7]
+    if reporter == "wandb":
+        assert before == files(small, reporter)  # it has the id of the run in its name
 
 
-def test_an_adapter_has_curves_too(small, warm):
+def test_a_reporter_may_be_asked_for_by_the_run_that_resumes(small, warm):
     pytest.importorskip("tensorboard")
-    pytest.importorskip("peft")
-    train(warm, small, f"{WORDS} --use-lora --max-train-steps 2 --log-interval 1")
-    assert curves(small) == of_log(small)
-    assert (small / SAVED / "adapter_model.safetensors").is_file()
+    words = f"{SHORT} --log-interval 1 --save-steps 4"
+    killed(train(warm, small, words, cut="9 -torch:Tensor.backward 6.1"))
+    assert went_on(train(warm, small, f"{words} --report-to tensorboard")) == 4
+    assert curves(small, "tensorboard") == logged(small)
 
 
 @needs_fsdp2
-def test_of_several_processes_one_writes(small):
-    pytest.importorskip("tensorboard")
-    words = f"{WORDS} --max-train-steps 2 --log-interval 1"
-    done = torchrun(2, *TRAIN.split(), *words.split(), cwd=small)
+@pytest.mark.parametrize("reporter", REPORTERS)
+def test_of_several_processes_one_writes(reporter, small):
+    pytest.importorskip(reporter)
+    words = f"{SHORT} --report-to {reporter} --max-train-steps 2 --log-interval 1"
+    done = torchrun(2, *TRAIN.split(), *words.split(), cwd=small, **OFFLINE)
     assert done.returncode == 0, done.stderr
-    assert len([*(small / SAVED / PLACE).iterdir()]) == 1
-    assert curves(small) == of_log(small)
+    assert len(files(small, reporter)) == 1
+    assert curves(small, reporter) == logged(small)
 
 
-# one that is not there, and one that lacks what it needs
-@pytest.mark.parametrize("package", ["tensorboard", "google.protobuf"])
-def test_without_tensorboard(package, small, tmp_path):
-    """One line, before anything is loaded; and whoever does not ask for it trains without."""
+@pytest.mark.parametrize(
+    "reporter, package",
+    [("tensorboard", "tensorboard"), ("tensorboard", "google.protobuf"), ("wandb", "wandb")],
+)
+def test_without_its_package(reporter, package, small, tmp_path):
+    """One line, before anything is loaded. Who does not ask for it trains without."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None\n")
     env, before = {"PYTHONPATH": str(tmp_path / "site")}, contents(small)
-    done = run(f"python {TRAIN} {WORDS}", cwd=small, env=env, ok=None)
-    tells(done, "--report-to tensorboard: tensorboard is not installed: pip install -r", "requirements_tensorboard.txt")
+    done = run(f"python {TRAIN} {SHORT} --report-to {reporter}", cwd=small, env=env, ok=None)
+    requirements = f"requirements/requirements_{reporter}.txt"
+    tells(done, f"--report-to {reporter}: {reporter} is not installed: pip install -r {requirements}")
     assert done.stdout == "" and contents(small) == before
-    assert (ROOT / "requirements" / "requirements_tensorboard.txt").is_file()
+    assert (ROOT / requirements).is_file()
     run(f"python {TRAIN} {SHORT} --max-train-steps 1", cwd=small, env=env)
-    assert not (small / SAVED / PLACE).exists()
+    assert not (small / SAVED / reporter).exists()
 
 
-def test_another_place_to_report_to_is_refused(small, warm):
-    done = warm(f"python {TRAIN} {SHORT} --report-to wandb", cwd=small, ok=None)
-    tells(done, "--report-to", "'wandb' is not known", "there is tensorboard")
+def test_wandb_without_an_account(small, tmp_path):
+    """One line that says what to do, before the training."""
+    pytest.importorskip("wandb")
+    env = {"HOME": str(tmp_path), "WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    done = run(f"python {TRAIN} {SHORT} --report-to wandb", cwd=small, env=env, ok=None)
+    tells(done, "--report-to wandb: ", "wandb login", "WANDB_MODE=offline")
+
+
+def test_another_reporter_is_refused(small, warm):
+    done = warm(f"python {TRAIN} {SHORT} --report-to mlflow", cwd=small, ok=None)
+    tells(done, "--report-to", "'mlflow'", "tensorboard", "wandb")
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "tutorial").glob("train_*.py")))
 def test_each_train_script_has_it(script, folder, warm):
-    assert "--report-to tensorboard" in warm(f"python tutorial/{script} --help", cwd=folder).stdout
+    assert "--report-to" in warm(f"python tutorial/{script} --help", cwd=folder).stdout

@@ -59,6 +59,7 @@ def test_a_page_that_does_not_install_what_its_script_needs(tmp_path):
         ("gguf", "tutorial/download_smollm2.py", [], ["mistral"], []),
         ("rouge_score", "tutorial/evaluate.py", [], ["mistral"], ["dataset/prepare_llama2_dataset.py"]),
         ("tensorboard", "tutorial/train_llama2.py", ["--report-to", "tensorboard"], ["llama2"], []),
+        ("wandb", "tutorial/train_llama2.py", ["--report-to", "wandb"], ["llama2"], []),
     ],
 )
 def test_what_is_missing(package, script, words, files, before):
@@ -74,6 +75,7 @@ def test_what_is_missing(package, script, words, files, before):
         ("gguf", "tutorial/download_smollm2.py", ["--tiny"], ["mistral"]),
         ("rouge_score", "tutorial/evaluate.py", [], ["mistral"]),
         ("tensorboard", "tutorial/train_llama2.py", [], ["llama2"]),
+        ("wandb", "tutorial/train_llama2.py", [], ["llama2"]),
     ],
 )
 def test_each_exception_is_needed(package, script, words, files):

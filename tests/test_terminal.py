@@ -5,11 +5,13 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
+from tests import terminal
 from tests.conftest import ROOT, environment, run
 from tests.helpers import DOWNLOAD, INFERENCE, PREPARE, SAMPLE, SCRIPTS, TRAIN, contents, error_of, refusal, tells
 
@@ -48,8 +50,7 @@ def test_letters_that_the_terminal_lacks_by_a_process_of_its_own(ready):
     assert f"[SUMMARIZE] {shown(LETTERS, 'cp949')} [/SUMMARIZE]" in done.stdout.decode("cp949")
 
 
-def test_tables_on_a_terminal_that_lacks_their_letters(ready, warm):
-    """The frames of rich's tables, and the data's own words in them."""
+def test_answers_on_a_terminal_that_lacks_their_letters(ready, warm):
     rows = [json.dumps({"article": f"{LETTERS} {row}", "highlights": LETTERS}) for row in range(20)]
     (ready / "mine.jsonl").write_text("\n".join(rows))
     warm(f"{PREPARE} --dataset-name-or-path mine.jsonl", cwd=ready)
@@ -83,6 +84,33 @@ def test_without_any_output(folder):
     """As a service without a terminal starts it: both streams are None in Python."""
     command = f'"{sys.executable}" tutorial/train_llama3.py --bach-size 8 >&- 2>&-'
     assert subprocess.run(command, shell=True, cwd=folder, env=environment()).returncode == 2
+
+
+def test_log_lines_are_not_glued_to_the_progress_bar(ready):
+    """In a terminal, where a carriage return goes back to the start of the line, and the next text covers the old."""
+    words = "--batch-size 16 --max-train-steps 3 --log-interval 2 --eval-rows 4"
+    command = [sys.executable, "tutorial/train_llama3.py", *words.split()]
+    status, text = terminal.run(command, [], ready, environment(HF_HOME=str(ready / ".hf_home")))
+    assert status == 0, text
+    shown = []
+    for line in text.splitlines():
+        cells = ""
+        for part in line.split("\r"):
+            cells = part + cells[len(part) :]
+        shown.append(cells.rstrip())
+    steps = [re.sub(r"[\d.]+(?= \||$| tokens)", "N", line) for line in shown if "[Step" in line]
+    loss = "Loss: N | Duration: N | Throughput: N tokens/sec"
+    assert steps == [
+        "[Step 0/3] | Held-out loss: N",
+        f"[Step 2/3] | {loss}",
+        f"[Step 3/3] | {loss}",
+        "[Step 3/3] | Held-out loss: N",
+    ]
+    memory = [line for line in shown if "Memory:" in line]
+    assert len(memory) == 2
+    for line in memory:
+        assert re.fullmatch(r"Memory: [\d.]+ GB used, peak [\d.]+ GB \(\d+% of [\d.]+ GB\)", line)
+    assert "\r" in text and any(line.startswith("100%|") and line.endswith("step/s]") for line in shown)
 
 
 # ------------------------------------------------------------------------------------------------ what the reader gives

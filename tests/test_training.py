@@ -88,7 +88,7 @@ def test_log_lines_and_step_totals(directory, tmp_path):
     assert steps == ["5", "10", "15", "20", "21"]
     assert re.findall(r"^\[Step (\d+)/21\] \| Held-out loss: \d+\.\d{5}$", printed, re.M) == ["0", "10", "20", "21"]
     assert [record["step"] for record in records if "loss" in record] == [5, 10, 15, 20, 21]
-    memory = r"Memory: (\S+) GB in use, (\S+) GB at its peak, which is (\d+)% of (\S+) GB"
+    memory = r"Memory: (\S+) GB used, peak (\S+) GB \((\d+)% of (\S+) GB\)"
     first, *_, last, done = printed.rstrip().splitlines()
     assert done == "Training Done"
     for line in (first, last):

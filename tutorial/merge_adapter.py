@@ -36,7 +36,7 @@ def main():
     from model.loading import load_model, save_model
 
     tokenizer = load_tokenizer(adapter)
-    model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0)
+    model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0, options=())
 
     model = model.merge_and_unload()  # W + alpha / r * B A, layer by layer
     run = {**run_of(adapter), "made_of": base_models(base, merged=adapter)}

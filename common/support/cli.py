@@ -57,15 +57,17 @@ positive_int, non_negative_int, non_negative_float = at_least(1, int), at_least(
 positive_float = at_least(0, float, more=True)
 
 
-def tensorboard(text: str) -> str:
-    """An argparse type: the one thing that --report-to can be. UserError where not all of it is installed."""
-    if text != "tensorboard":
-        raise argparse.ArgumentTypeError(f"{text!r} is not known: there is tensorboard")
+def reporter(name: str) -> str:
+    """An argparse type: what --report-to can be. UserError where not all of it is installed."""
+    # the one of tensorboard is what torch's SummaryWriter imports
+    modules = {"tensorboard": "tensorboard.summary.writer.event_file_writer", "wandb": "wandb"}
+    if name not in modules:
+        raise argparse.ArgumentTypeError(f"{name!r} is not supported: use tensorboard or wandb")
     try:
-        import_module("tensorboard.summary.writer.event_file_writer")  # by which torch's SummaryWriter writes
+        import_module(modules[name])
     except ImportError:
-        raise UserError(f"--report-to tensorboard: {install_hint('tensorboard')}") from None
-    return text
+        raise UserError(f"--report-to {name}: {install_hint(name)}") from None
+    return name
 
 
 def add_switch(group, name: str, default: bool, help: str) -> None:
@@ -250,7 +252,10 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     add("--log-interval", type=positive_int, help="steps from one log line to the next")
     add("--eval-step", type=non_negative_int, default=0, help="steps between held-out losses; 0: before and after only")
     add("--eval-rows", type=non_negative_int, default=256, help="held-out rows to use at most; 0: none")
-    add("--report-to", type=tensorboard, metavar="tensorboard", help="the log as curves too, in the save directory")
+    curves = (
+        "report the log as curves too: to files in the save directory (tensorboard), or to https://wandb.ai (wandb)"
+    )
+    add("--report-to", type=reporter, metavar="tensorboard|wandb", help=curves)
 
     checkpoints = parser.add_argument_group("a training that is cut goes on by the same command, from its checkpoint")
     add = checkpoints.add_argument

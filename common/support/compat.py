@@ -41,3 +41,30 @@ def load_chat_template_file(tokenizer) -> None:
     file = Path(tokenizer.name_or_path) / "chat_template.jinja"
     if not tokenizer.chat_template and file.is_file():
         tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+def gradient_scaler(device_type: str, enabled: bool):
+    """A GradScaler, which torch before 2.3 has for CUDA alone."""
+    import torch
+
+    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch choose algorithms that repeat their results. torch before 2.2 has none for attention's backward pass:
+    there this warns."""
+    import torch
+
+    strict = hasattr(torch.utils, "deterministic")
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    if strict:
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it helps to find bugs, and costs time
+
+
+def cpu_supports(instructions: str) -> bool:
+    """Whether this CPU has "avx512_bf16" or "amx_tile". torch before 2.4 does not know, and this returns False."""
+    import torch
+
+    return getattr(getattr(torch, "cpu", None), f"_is_{instructions}_supported", lambda: False)()

@@ -101,7 +101,7 @@ def measure_trainer(model_dir: str, dataset_file: str, steps: int) -> None:
 
 
 def report(device, speed, trained):
-    print(device.memory())
+    print(device.memory_line())
     print(json.dumps({"tokens_per_second": speed, "trained": trained}))
 
 
@@ -129,7 +129,7 @@ def run(words):
 
 
 def peak(said):
-    return float(re.findall(r"([\d.]+) GB at its peak", said)[-1])
+    return float(re.findall(r"used, peak ([\d.]+) GB", said)[-1])
 
 
 def main():
