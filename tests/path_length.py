@@ -47,7 +47,7 @@ def entered(script: str, words: list) -> Dict[str, Set[int]]:
     sys.setprofile(profile)
     try:
         with redirect_stdout(sys.stderr):
-            runpy.run_path(script, run_name="__main__")
+            runpy.run_path(script)["main"]()  # not by exit.run, which would report FirstStep as an error
     except FirstStep:
         pass
     finally:
