@@ -21,7 +21,7 @@ from common.device import Device
 from common.optim import make_optimizer
 from common.support.exit import StopRequest, UserError
 from model.fit import plan_training
-from tests.conftest import ROOT, start
+from tests.conftest import ROOT, TIMEOUT, start
 from tests.cuts import (
     KINDS,
     SAVED,
@@ -299,7 +299,7 @@ def test_sigterm_to_the_whole_process_group_twice(small, warm):
         until(process, lambda line: STEP.fullmatch(line))
         for _ in range(2):
             os.killpg(process.pid, signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     [step] = checkpoints(small)

@@ -20,7 +20,7 @@ from common.tokenization import load_tokenizer
 from model.loading import load_model, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, TIMEOUT, environment
 from tests.test_loss import a_split
 from tests.test_training import options
 
@@ -104,7 +104,7 @@ def sharded(directory, place, processes, lora=False):
         )
         for rank in range(max(1, processes))
     ]
-    answers = [process.communicate(timeout=240) for process in started]
+    answers = [process.communicate(timeout=TIMEOUT) for process in started]
     assert all(process.returncode == 0 for process in started), answers
     return json.loads(answers[0][0].splitlines()[-1])
 

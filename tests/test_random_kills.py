@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import start
+from tests.conftest import TIMEOUT, start
 from tests.cuts import KINDS, TRAIN, checkpoints, same_result, went_on
 from tests.helpers import quantizes
 
@@ -31,7 +31,7 @@ def killed_after(folder, words, lines, seconds):
                 break
         time.sleep(seconds)
         process.kill()
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     done = subprocess.CompletedProcess(words, process.returncode, "".join(printed) + out, err)

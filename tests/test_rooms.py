@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, TIMEOUT, environment
 from tests.page_packages import names_of
 
 ROOMS = ("common/support", "common", "model", "dataset", "tutorial")
@@ -94,7 +94,7 @@ def test_help_and_a_mistyped_option_are_answered_before_torch_is_imported(script
         "    assert not heavy, heavy\n"
     )
     command = [sys.executable, "-c", source]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=TIMEOUT)
     if words == "--help":
         assert done.returncode == 0 and "--" in done.stdout and done.stderr == ""
         assert ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))).splitlines()[0] in done.stdout

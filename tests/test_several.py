@@ -16,7 +16,7 @@ import torch.distributed.fsdp
 import transformers
 
 from common.support.model_dir import stored_tensors
-from tests.conftest import ROOT, environment, lay_out
+from tests.conftest import ROOT, TIMEOUT, environment, lay_out
 from tests.helpers import adapter_weights, contents, error_of, quantizes, records
 
 HAS_FSDP2 = hasattr(getattr(torch.distributed, "fsdp", None), "fully_shard")
@@ -46,7 +46,7 @@ def case(name, words, **more):
     return {"name": name, "words": f"tutorial/train_{kind}.py {own} --max-train-steps {STEPS} {options}", **more}
 
 
-def torchrun(processes, *words, cwd, timeout=100, **env):
+def torchrun(processes, *words, cwd, timeout=TIMEOUT, **env):
     """What `torchrun --nproc-per-node` has ended with; to be called with what stands behind it."""
     command = [*TORCHRUN, "--nproc-per-node", str(processes), *map(str, words)]
     env = environment(HF_HOME=str(cwd / ".hf_home"), **env)
@@ -444,7 +444,7 @@ def test_sigterm_to_the_whole_group(work, one):
         for _ in range(2):
             for worker in (*workers, process):
                 worker.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 1 and time.monotonic() - began < 30
