@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from common.distributed import is_main_process
 from common.support.exit import install_hint
-from common.support.files import atomic_write, flush
+from common.support.files import atomic_write, fsync
 from common.support.model_dir import base_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ class TrainingLog:
         self.bar.close()
         self.file.close()
         if self.writes:
-            flush(self.directory / "training_log.jsonl")
+            fsync(self.directory / "training_log.jsonl")
 
     def training_loss(self, step: int, loss: float, duration: float, tokens: int, lr: float) -> None:
         """What happened since the last line: the mean loss of a label token, seconds, tokens (padding not counted)."""

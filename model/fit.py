@@ -8,7 +8,7 @@ from typing import Iterator, Optional
 from common import distributed
 from common.device import Device, total_memory
 from common.support.exit import UserError
-from common.support.model_dir import base_of
+from common.support.model_dir import ModelSource
 from model.counts import NoPlan, Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
@@ -39,7 +39,7 @@ def plan_training(args, device: Device, before: dict) -> Optional[Plan]:
 
 
 def _plan_training(args, device: Device, before: dict) -> Plan:
-    config = config_of(base_of(args.model_name_or_path))
+    config = config_of(ModelSource(args.model_name_or_path).base)
     may_checkpoint, memory = can_checkpoint(config), memory_of(device)
     tokens = before.get("micro_batch_tokens") or args.micro_batch_tokens
     checkpointing = args.gradient_checkpointing

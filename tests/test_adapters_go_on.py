@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from common.support.model_dir import base_of
+from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from tests.helpers import adapter_weights, needs_bitsandbytes, records, refusal, rows_of, tells
 from tests.test_card import read
@@ -90,7 +90,7 @@ def test_the_result_says_of_what_it_was_made_and_can_go_on_too(work, warm):
     more = GO_ON.replace("./adapter", "./further")
     warm(f"{TRAIN} {more} {other} --save-dir ./more", cwd=work)
     assert held_out(work / "more")[0] == held_out(work / "further")[-1]
-    assert base_of(str(work / "more")) == "./llama3-8b"
+    assert ModelSource(work / "more").base == "./llama3-8b"
     ask = "--model-name-or-path ./more --max-new-tokens 2"
     assert (
         "Adapter ./more on the base ./llama3-8b" in warm(f"python tutorial/inference_llama3.py {ask}", cwd=work).stdout

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from tests.conftest import ROOT, lay_out
 from tests.helpers import tells
 
@@ -62,7 +62,7 @@ def converted(folder, on_hub):
     )
     assert not list(folder.glob(".cerebras*")) and not list(directory.glob(".model*"))
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == on_hub[1].keys() == stored_tensors(str(directory)).keys()
+    assert index["weight_map"].keys() == on_hub[1].keys() == ModelSource(directory).tensors.keys()
     size = sum(weight.numel() * weight.element_size() for weight in on_hub[1].values())
     assert index["metadata"]["total_size"] == size
     assert (directory / SHARDS[0]).stat().st_mode & 0o044

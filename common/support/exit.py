@@ -62,11 +62,11 @@ def run(main: Callable[[], None]) -> None:
         _leave_group()
         _leave_at_once(status)
     status = _flush() or status
-    if status == 128 + signal.SIGINT:
+    if status == 128 + signal.SIGINT and os.name == "posix":
         # Die by the signal itself, so that a shell loop around the script stops as well.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
         atexit._run_exitfuncs()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 
@@ -85,7 +85,7 @@ def _report(error: BaseException) -> int:
     if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt, SystemExit)):
         error = error.__context__
     if isinstance(error, SystemExit) and not isinstance(error, Terminated):
-        return error.code if isinstance(error.code, int) else int(bool(error.code))
+        return _status_of_exit(error)
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     peer_failed = is_peer_failure(error)
@@ -104,6 +104,14 @@ def _report(error: BaseException) -> int:
         line = f"\n{line}"  # the progress bar of rank 0 may stand in this line of the terminal
     print(without_secrets(line), file=sys.stderr)
     return _status_of(error)
+
+
+def _status_of_exit(error: SystemExit) -> int:
+    """As Python does it: None is 0, and anything but a number is printed."""
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(without_secrets(str(error.code)), file=sys.stderr)
+    return 1
 
 
 def _status_of(error: BaseException) -> int:
@@ -253,7 +261,7 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.number and kind is None:  # the signal came after the last check
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
         if self.number and error is not None and is_peer_failure(error):
             raise Terminated(128 + self.number) from None  # the other ranks have heard the signal as well
 
