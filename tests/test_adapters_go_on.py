@@ -241,13 +241,13 @@ def refused(work, warm):
 @pytest.mark.parametrize(
     ("words", "tells_of"),
     [
-        ("--lora-r 16", ["--lora-r 16", "the adapter ./adapter", "has 4", "Leave the option out"]),
-        ("--lora-alpha 16", ["--lora-alpha 16", "has 12", "Leave the option out"]),
-        ("--lora-target-modules q_proj", ["--lora-target-modules q_proj", "has q_proj v_proj down_proj"]),
-        ("--lora-target-modules all-linear", ["--lora-target-modules all-linear", "has q_proj v_proj down_proj"]),
+        ("--lora-r 16", ["The adapter ./adapter keeps its LoRA matrices", "--lora-r 4", "Leave these options out"]),
+        ("--lora-alpha 16", ["--lora-alpha 12", "Leave these options out"]),
+        ("--lora-target-modules q_proj", ["--lora-target-modules q_proj v_proj down_proj"]),
+        ("--lora-target-modules all-linear", ["--lora-target-modules q_proj v_proj down_proj"]),
         ("--no-use-lora", ["./adapter is an adapter", "--use-lora", "python tutorial/merge_adapter.py"]),
-        ("--save-dir ./adapter", ["--save-dir ./adapter is the model directory", "Give another"]),
-        ("--save-dir ./llama3-8b", ["--save-dir ./llama3-8b is the model directory", "Give another"]),
+        ("--save-dir ./adapter", ["--save-dir ./adapter is the model directory", "Choose another"]),
+        ("--save-dir ./llama3-8b", ["--save-dir ./llama3-8b is the model directory", "Choose another"]),
     ],
 )
 def test_options_that_contradict(words, tells_of, refused):
@@ -257,7 +257,7 @@ def test_options_that_contradict(words, tells_of, refused):
 def test_an_adapter_of_another_kind(work, refused):
     file = work / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**config_of(work / "adapter"), "peft_type": "IA3"}))
-    refused(f"{TRAIN} {GO_ON}", tells_of=["./adapter is of the kind IA3", "only LoRA"])
+    refused(f"{TRAIN} {GO_ON}", tells_of=["./adapter is of type IA3", "only LoRA"])
     file.write_text(json.dumps({**config_of(work / "adapter"), "peft_type": "LORA", "r": "many"}))
     refused(f"{TRAIN} {GO_ON}", tells_of=["adapter_config.json is damaged", "train the adapter again"])
 
@@ -268,7 +268,7 @@ def test_a_base_of_other_weights_and_one_that_is_gone(work, refused):
     write_tiny("llama3", work / "llama3-8b", seed=1)
     refused(f"{TRAIN} {GO_ON}", tells_of=["./adapter was trained on other weights than those in ./llama3-8b"])
     shutil.rmtree(work / "llama3-8b")
-    refused(f"{TRAIN} {GO_ON}", tells_of=["./llama3-8b does not exist", "base of the adapter ./adapter"])
+    refused(f"{TRAIN} {GO_ON}", tells_of=["./llama3-8b does not exist", "base model of the adapter ./adapter"])
 
 
 def test_rows_of_another_tokenizer(work, refused):

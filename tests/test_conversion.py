@@ -86,7 +86,7 @@ def test_bins_become_safetensors_and_do_not_come_again(folder, warm, hub, on_hub
     [
         f"open:{SHARDS[1]} 1",
         f"os.rename:{SHARDS[1]} 1",
-        "+common.support.files:flush 4",
+        "+common.support.files:fsync 4",
         "os.rename:model.safetensors.index 1",
     ],
 )
@@ -112,7 +112,7 @@ def test_a_bin_that_is_damaged(folder, warm, hub):
 def test_a_stand_in_is_still_a_stranger(folder, warm, hub):
     """A safetensors file that was made of none of the hub's."""
     warm(f"{DOWNLOAD} --tiny", cwd=folder)
-    tells(warm(DOWNLOAD, cwd=folder, ok=None), "model.safetensors, which is not of cerebras/Cerebras-GPT-13B")
+    tells(warm(DOWNLOAD, cwd=folder, ok=None), "model.safetensors, which is not a file of cerebras/Cerebras-GPT-13B")
 
 
 def test_a_training_takes_them(warm, hub, tmp_path):

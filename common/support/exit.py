@@ -42,6 +42,9 @@ def run(main: Callable[[], None]) -> None:
     """
     # Threads that wait for work sleep, so that other programs get the cores. libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Without a terminal, as a service may be started, Python has no streams.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     # Line by line, so that our own print meets a closed pipe (`| head`), and not a library that hides the error.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
@@ -49,25 +52,22 @@ def run(main: Callable[[], None]) -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
+    stderr = sys.stderr
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    status = 0
+    interrupted = False
     try:
         main()
-        status = 0
-    except BaseException as error:
-        status = _report(error)
-        if world_size() > 1:
-            _leave_at_once(status)
-    if world_size() > 1:
         _leave_group()
-        _leave_at_once(status)
-    status = _flush() or status
-    if status == 128 + signal.SIGINT and os.name == "posix":
-        # Die by the signal itself, so that a shell loop around the script stops as well.
-        atexit._run_exitfuncs()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
-    sys.exit(status)
+    except BaseException as error:
+        sys.stderr = stderr
+        try:
+            status = _report(error)
+        except BrokenPipeError:  # `2>&1 | head`
+            status = CLOSED_PIPE
+        interrupted = isinstance(error, KeyboardInterrupt)
+    _end(status, interrupted)
 
 
 def _terminate(number, _) -> None:
@@ -91,7 +91,6 @@ def _report(error: BaseException) -> int:
     peer_failed = is_peer_failure(error)
     if world_size() > 1 and not _is_my_turn_to_print(error, peer_failed):
         return _status_of(error)
-    sys.stderr = sys.__stderr__
     if peer_failed:
         line = "error: another process failed; see torchrun's report (Root Cause) below."
     elif isinstance(error, (KeyboardInterrupt, Terminated)):
@@ -216,19 +215,29 @@ def install_hint(module: str) -> str:
     return f"{module.split('.')[0]} is not installed: pip install -r {requirements_file_for(module)}"
 
 
-def _flush() -> int:
-    """Write out what is still buffered; the exit status where nobody reads it (a closed pipe) or the disk is full."""
+def _end(status: int, interrupted: bool) -> None:
+    """End the process with `status`; another one where nobody reads the output (a closed pipe) or the disk is full."""
+    atexit._run_exitfuncs()
+    # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
+    at_once = status == CLOSED_PIPE or world_size() > 1
     try:
         sys.stderr.flush()
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:
         status = CLOSED_PIPE
+        at_once = True
     except OSError as error:
-        os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another place for it.\n".encode())
+        if status == 0:  # else it has been reported
+            os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another path.\n".encode())
         status = 2
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-    return status
+        at_once = True
+    if interrupted and os.name == "posix":
+        # Die by the signal itself, so that a shell loop around the script stops as well.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    if at_once:
+        os._exit(status)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------ a signal as a request
@@ -317,10 +326,3 @@ def _leave_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _leave_at_once(status: int) -> None:
-    """End without Python's own clean-up, in which a thread of the process group can abort the process."""
-    atexit._run_exitfuncs()
-    _flush()
-    os._exit(status)
