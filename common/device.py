@@ -7,11 +7,15 @@ import ctypes
 import gc
 import importlib
 import os
-import resource
 import sys
 from typing import Dict, List, NamedTuple
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from common import distributed
 from common.support.exit import UserError, install_hint, is_out_of_memory
@@ -167,10 +171,9 @@ def memory_used(device: torch.device, static_shapes: bool = False) -> List[int]:
     used, most = psutil.Process().memory_info().rss, 0
     with contextlib.suppress(OSError), open("/proc/self/status") as status:  # Linux has one that can be reset
         most = 1024 * sum(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return distributed.all_reduce_max(
-        [used, max(used, most or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)]
-    )
+    if not most and resource:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return distributed.all_reduce_max([used, max(used, most)])
 
 
 def forget_peak(device: torch.device) -> None:
@@ -178,7 +181,7 @@ def forget_peak(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda" and not hasattr(torch, "moreh"):
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as marks:
+    with contextlib.suppress(OSError, AttributeError, TypeError), open("/proc/self/clear_refs", "w") as marks:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed
         marks.write("5")  # https://docs.kernel.org/filesystems/proc.html
 
@@ -205,7 +208,11 @@ def total_memory(device: torch.device) -> int:
     """Bytes of the device's memory, or of the main memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    import psutil
+
+    return psutil.virtual_memory().total
 
 
 def devices(device) -> List[dict]:
