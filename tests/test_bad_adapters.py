@@ -135,7 +135,7 @@ def test_adapter_that_learned_another_template(adapter, refused):
     """The adapter's own file tells, with no run.json beside it."""
     (adapter / "run.json").unlink()
     words = ["./adapter was trained with the prompt template summarization", "korean_alpaca"]
-    words += ["Use tutorial/inference_llama2.py or tutorial/inference_llama3.py."]
+    words += ["Use the inference script of its tutorial."]
     refused(f"python tutorial/inference_llama3_1.py {ADAPTER}", tells_of=words)
 
 

@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from common.support.compat import add_switch
 from common.support.exit import UserError, install_hint, world_size
 from common.support.files import require_writable
 from common.support.model_dir import ModelSource
@@ -72,13 +73,6 @@ def _tracker(name: str) -> str:
     except ImportError:
         raise UserError(f"--report-to {name}: {install_hint(name)}") from None
     return name
-
-
-def add_switch(group, name: str, default: bool, help: str) -> None:
-    """`--name` and `--no-name`. (argparse.BooleanOptionalAction needs Python 3.9.)"""
-    dest = name.replace("-", "_")
-    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{help}; --no-{name} turns it off")
-    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
 
 
 def add_bits(group, help: str) -> None:
@@ -278,10 +272,7 @@ def _check_train_arguments(args: argparse.Namespace, source: ModelSource, parser
 
 
 def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
-    """The values of LoRA's options of the adapter that is trained further.
-
-    UserError where it cannot be trained, or where its matrices are not those that the options ask for.
-    """
+    """The values of LoRA's options of the adapter that is trained further. UserError where it cannot be trained."""
     adapter = source.path
     if not args.use_lora:
         raise UserError(
@@ -291,35 +282,25 @@ def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
     config = source.adapter_config
     if config.get("peft_type") != "LORA":
         raise UserError(f"The adapter {adapter} is of type {config.get('peft_type')}: only LoRA can be trained here.")
-    layers = _adapted_layers(config)
+    for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for a new adapter, and {adapter} is one already, which is trained "
+                "further. Leave the option out, or train a new adapter on its base model."
+            )
+    layers = config.get("target_modules")
+    if not isinstance(layers, list) or config.get("target_parameters"):
+        layers = LORA_DEFAULTS["lora_target_modules"]  # only all-linear makes an expression, or adapts experts
     values = {
         "lora_r": config.get("r"),
         "lora_alpha": config.get("lora_alpha"),
         "lora_dropout": config.get("lora_dropout", 0.0),
-        "lora_target_modules": source.run.get("options", {}).get("lora_target_modules") or layers,
+        "lora_target_modules": source.run.get("options", {}).get("lora_target_modules") or sorted(layers),
         "bits": int(source.adapter_facts.get("base_bits", 0)),
     }
     if not all(isinstance(values[name], (int, float)) for name in ("lora_r", "lora_alpha", "lora_dropout")):
         raise UserError(f"{adapter}/adapter_config.json is damaged: train the adapter again")
-    given = args.lora_target_modules
-    same_layers = given is None or set(given) in (set(values["lora_target_modules"]), set(layers))
-    same_rank = args.lora_r in (None, values["lora_r"])
-    same_alpha = args.lora_alpha in (None, values["lora_alpha"])
-    if not (same_layers and same_rank and same_alpha):
-        raise UserError(
-            f"The adapter {adapter} keeps its LoRA matrices: --lora-r {values['lora_r']} "
-            f"--lora-alpha {values['lora_alpha']} --lora-target-modules {' '.join(values['lora_target_modules'])}. "
-            "Leave these options out, or train a new adapter on its base model."
-        )
     return values
-
-
-def _adapted_layers(config: dict) -> list:
-    """The names of the layers that an adapter is on. Where there is no such list, it was made with all-linear."""
-    names = config.get("target_modules")
-    if isinstance(names, list) and not config.get("target_parameters"):
-        return sorted(names)
-    return LORA_DEFAULTS["lora_target_modules"]
 
 
 def memory_saving_options(args: argparse.Namespace) -> list:

@@ -212,7 +212,9 @@ def requirements_file_for(module: str) -> str:
 
 def install_hint(module: str) -> str:
     """The line for a package that is not installed."""
-    return f"{module.split('.')[0]} is not installed: pip install -r {requirements_file_for(module)}"
+    package = module.split(".")[0]
+    file = requirements_file_for(module)
+    return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
 
 
 def _end(status: int, interrupted: bool) -> None:

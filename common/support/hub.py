@@ -13,11 +13,11 @@ import re
 import shutil
 import signal
 import threading
-import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from common.support.compat import load_mapped
 from common.support.exit import STOP_SIGNALS, UserError, disk_problem, first_line
 from common.support.files import atomic_write, require_disk_space, require_writable
 from common.support.model_dir import check_weights, read_header, write_origin
@@ -66,13 +66,13 @@ def download_model(repo_id: str, save_dir: str, token: Optional[str] = None, con
     names = [name for name in names if name_of_converted(name) not in converted]
     _refuse_other_files(repo_id, save_dir, {*sizes, *converted, INDEX} if converted else set(sizes))
     missing = [name for name in names if not _is_complete(target / name, sizes[name])]
-    needed = sum(sizes[name] for name in missing) - _resumable_bytes(target)
+    needed = sum(sizes[name] for name in missing) - _bytes_of_parts(target)
     require_disk_space(needed, save_dir, f"What is missing of {repo_id}")
 
     print(f"Downloading {repo_id} ({sum(sizes[name] for name in names) / 1e9:.1f} GB) to {save_dir}...", flush=True)
     if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
-    with _one_line_errors(repo_id, save_dir, token), _download_into(target):
+    with _one_line_errors(repo_id, save_dir, token), _stop_at_once():
         for name in missing:  # the library takes a truncated file with the old date for a complete one
             if (target / name).exists():
                 (target / name).unlink()
@@ -119,40 +119,22 @@ def _is_complete(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
-def _resumable_bytes(target: Path, min_age: float = 60) -> int:
-    """The size of the partial files that the library will resume. Those that it never will are removed.
-
-    Newer releases give partial files a random name and start over. One that was written to less than `min_age` seconds
-    ago may be in use by another process.
-    """
+def _bytes_of_parts(target: Path) -> int:
+    """The size of the partial files that the library will resume. Those that it never will are removed."""
     size = 0
-    for path in target.glob(".*/**/*.incomplete"):
-        if not re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):
-            size += path.stat().st_size
-        elif time.time() - path.stat().st_mtime >= min_age:
+    for path in target.glob(".cache/**/*.incomplete"):
+        if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):  # newer releases give them a random name
             path.unlink()
+        else:
+            size += path.stat().st_size
     return size
 
 
 @contextmanager
-def _download_into(target: Path):
-    """Inside, Ctrl-C and SIGTERM end the process at once: the library would first finish all running transfers.
-
-    Directories that are made inside are removed again where nothing of the model has come into them.
-    """
-    new_directories = [path for path in (target, *target.parents) if not path.exists()]
-
-    def clean_up():
-        for path in target.rglob("*"):
-            is_record = path.relative_to(target).parts[0].startswith(".") and path.suffix != ".incomplete"
-            if path.is_file() and path.stat().st_size and not is_record:
-                return
-        if new_directories:
-            shutil.rmtree(new_directories[-1], ignore_errors=True)
+def _stop_at_once():
+    """Inside, Ctrl-C and SIGTERM end the process. The library would first finish all running transfers, many GB."""
 
     def stop(number, _):
-        _resumable_bytes(target, min_age=0)
-        clean_up()
         os.write(2, b"\nInterrupted. Complete files are kept. Run the same command again to continue.\n")
         os._exit(128 + number)
 
@@ -162,7 +144,6 @@ def _download_into(target: Path):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        clean_up()
 
 
 # ------------------------------------------------------------------------------------------------ what the hub answers
@@ -244,9 +225,9 @@ def ask_hub(timeout: float) -> dict:
         return {"endpoint": None, "reachable": False, "token": "none"}
     token = get_token()
     hub = {"endpoint": constants.ENDPOINT, "reachable": False, "token": "not verified" if token else "none"}
+    headers = {"authorization": f"Bearer {token}"} if token and token.isascii() else {}
 
     def ask():
-        headers = {"authorization": f"Bearer {token}"} if token and token.isascii() else {}
         with suppress(Exception):  # of the HTTP library, which changes by release
             status = get_session().get(f"{hub['endpoint']}/api/whoami-v2", headers=headers, timeout=timeout).status_code
             hub["reachable"] = status < 500
@@ -291,7 +272,6 @@ def to_safetensors(directory: Path) -> None:
 
 
 def _convert(path: Path) -> None:
-    import torch
     from safetensors.torch import save_file
 
     size = path.stat().st_size
@@ -299,10 +279,7 @@ def _convert(path: Path) -> None:
     require_disk_space(size, path.parent, target.name)
     print(f"Converting {path.name} to {target.name}...", flush=True)
     try:
-        try:  # mapped, so that the file is never in memory at once
-            weights = torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
-        except (TypeError, RuntimeError):  # torch before 2.1, or a file in the format of torch before 1.6
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = load_mapped(path)
     except Exception:  # a damaged file fails in many ways, with many types
         raise UserError(f"{path} can't be read: delete it and run the same command again") from None
     seen = set()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import zipfile
 from functools import cached_property
 from pathlib import Path
@@ -131,17 +130,8 @@ def require_model(model_dir: str, hint: str = "", template: Optional[Callable] =
     if template and source.template not in (None, template.__name__):
         raise UserError(
             f"{model_dir} was trained with the prompt template {source.template}, and this script uses "
-            f"{template.__name__}. Use {_scripts_for(source.template)}."
+            f"{template.__name__}. Use the inference script of its tutorial."
         )
-
-
-def _scripts_for(template: str) -> str:
-    """The inference scripts that use a template, which lie next to the running script."""
-    scripts = []
-    for path in sorted(Path(sys.argv[0]).parent.glob("inference_*.py")):
-        if re.search(rf"template={template}\b", path.read_text("utf-8")):
-            scripts.append(path.as_posix())
-    return " or ".join(scripts) or "the script of its tutorial"
 
 
 def require_adapter(adapter_dir: str) -> None:
