@@ -233,12 +233,12 @@ def _end(status: int, interrupted: bool) -> None:
             os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another path.\n".encode())
         status = 2
         at_once = True
+    if at_once:
+        os._exit(status)
     if interrupted and os.name == "posix":
         # Die by the signal itself, so that a shell loop around the script stops as well.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    if at_once:
-        os._exit(status)
     sys.exit(status)
 
 
