@@ -70,7 +70,7 @@ PHASES = {
     "when-the-model-is-written": ("open:/run.json 7.1", 7, [7]),
     "before-the-model-takes-its-place": ("-common.support.files:_move_files 7.1", 7, [7]),
     "before-the-model-has-its-config": ("os.rename:/config.json 7.1", 7, [7]),
-    "before-the-checkpoint-goes": ("os.rename:checkpoint-7 7.2", 7, [7]),
+    "before-the-checkpoint-goes": ("os.rename:/removed/checkpoint-7 7.1", 7, [7]),
     "after-the-model-has-taken-its-place": ("+common.support.files:_move_files 7.1", 0, []),
 }
 if BY_PARTS:
