@@ -122,7 +122,7 @@ def _is_complete(path: Path, size: int) -> bool:
 def _bytes_of_parts(target: Path) -> int:
     """The size of the partial files that the library will resume. Those that it never will are removed."""
     size = 0
-    for path in target.glob(".cache/**/*.incomplete"):
+    for path in target.glob(".*/**/*.incomplete"):
         if re.search(r"\.[0-9a-f]{8}\.incomplete$", path.name):  # newer releases give them a random name
             path.unlink()
         else:
