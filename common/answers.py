@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Dict, List, Tuple
 
 from common.support.exit import UserError
-from common.support.files import atomic_write, flush, require_writable, weights_fingerprint
-from common.support.model_dir import base_of
+from common.support.files import atomic_write, fsync, require_writable, weights_fingerprint
+from common.support.model_dir import ModelSource
 
 ADDED = ("answer", "ended")  # beside a row's own fields: the text, and whether it came to its end by itself
 # what makes other answers; --batch-rows is not among these
@@ -35,7 +35,8 @@ class Answers:
         self.path, self.rows = Path(args.save_path), rows
         self.run = self.path.with_suffix(".run.json")
         self.done: Dict[int, Tuple[str, bool]] = {}
-        directories = dict.fromkeys([args.model_name_or_path, base_of(args.model_name_or_path)])  # an adapter, its base
+        base = ModelSource(args.model_name_or_path).base
+        directories = dict.fromkeys([args.model_name_or_path, base])  # an adapter, its base
         model = [weights_fingerprint(directory) or directory for directory in directories]  # of a hub id its name
         self.facts = {"options": vars(args), "model": model, "sha256": sha256}
         for path in (self.path, self.run):
@@ -74,7 +75,7 @@ class Answers:
         try:
             with open(self.path, "ab") as file:
                 file.write(self._lines(answers))
-            flush(self.path)
+            fsync(self.path)
         except BaseException:  # of a full disk or an interrupt: no half line stays
             os.truncate(self.path, before)
             raise

@@ -18,7 +18,7 @@ from torch import nn
 from common.support.compat import require_package
 from common.support.exit import UserError, short_message
 from common.support.files import weights_fingerprint
-from common.support.model_dir import ADAPTER, adapter_facts
+from common.support.model_dir import ADAPTER, ModelSource
 from model.quantization import bits_of
 
 LEAST_PEFT = (0, 13)  # keeps an adapter in float32 on a base in 16 bit
@@ -145,7 +145,7 @@ def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
     from peft import PeftModel
 
     base = model.name_or_path
-    expected = adapter_facts(adapter_dir).get("base_fingerprint")
+    expected = ModelSource(adapter_dir).adapter_facts.get("base_fingerprint")
     if expected and expected != weights_fingerprint(base):
         raise UserError(
             f"The adapter {adapter_dir} was trained on other weights than those in {base}. Download that model again, "

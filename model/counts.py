@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from common.support.exit import UserError, short_message
-from common.support.model_dir import raw_config
+from common.support.model_dir import ModelSource
 from model.loss import chunk_of
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
 from model.reading import DTYPE
@@ -79,7 +79,7 @@ def _counted(key: str, way: Way) -> Counts:
 
 def config_of(model_dir: str):
     """transformers' config of a model's directory. NoPlan: there is none, or none that transformers knows."""
-    if not raw_config(model_dir):
+    if not ModelSource(model_dir).config:
         raise NoPlan(f"{model_dir} has no config.json: give the directory of a model, as download_* writes it.")
     try:
         return AutoConfig.from_pretrained(model_dir, trust_remote_code=False)

@@ -9,7 +9,7 @@ from common import distributed
 from common.checkpoint import Checkpoint
 from common.device import Device, total_memory
 from common.support.exit import UserError
-from common.support.model_dir import base_of
+from common.support.model_dir import ModelSource
 from model.counts import NoPlan, Way, can_checkpoint, can_count, config_of
 from model.plan import BITS, Plan, plan
 
@@ -51,7 +51,7 @@ def plan_training(args, device: Device, resume: Optional[Checkpoint] = None) -> 
 
 def _plan_training(args, device: Device, tokens: int, checkpointing: Optional[bool]) -> TrainingPlan:
     """The same for a model that can be planned. tokens 0 and checkpointing None: to be chosen."""
-    config = config_of(base_of(args.model_name_or_path))
+    config = config_of(ModelSource(args.model_name_or_path).base)
     memory = memory_of(device)
     if checkpointing is None and not can_checkpoint(config):
         checkpointing = False

@@ -19,7 +19,7 @@ from common.device import explain_out_of_memory
 from common.support.cli import memory_saving_options
 from common.support.exit import UserError, disk_problem, short_message, without_secrets
 from common.support.files import atomic_write, require_disk_space, weights_fingerprint
-from common.support.model_dir import RUN, adapter_facts, base_of, bytes_of_weights, stored_tensors
+from common.support.model_dir import RUN, ModelSource
 from model.adapters import add_lora, go_on_with, load_adapter, save_adapter
 from model.loss import CausalLMLoss
 from model.on_paper import enable_checkpointing
@@ -44,7 +44,7 @@ def load_for_training(args, plan, device) -> CausalLMLoss:
     be in 16 bit, or in `args.bits`; where `args` name an adapter, that adapter on its base. `plan` says whether with
     gradient checkpointing. UserError, before the training and not after it, where the result would not fit on the disk.
     """
-    directory = base_of(args.model_name_or_path)
+    directory = ModelSource(args.model_name_or_path).base
     for path in sorted({directory, args.model_name_or_path}):  # in one order on all ranks
         distributed.require_same_on_all_ranks(weights_fingerprint(path), f"the model {path}")
     stored = how_stored(directory)
@@ -53,7 +53,7 @@ def load_for_training(args, plan, device) -> CausalLMLoss:
         bits = bits_to_use(stored, args.bits or None, directory)
     else:
         in_16_bit = 16 // min(16, stored.bits)  # how many times as large as the base's files
-        require_disk_space(in_16_bit * bytes_of_weights(directory), args.save_dir, "The trained model")
+        require_disk_space(in_16_bit * ModelSource(directory).bytes_of_weights, args.save_dir, "The trained model")
     dtype = device.dtype if args.use_lora else torch.float32
     if distributed.world_size() > 1 and not bits:
         from model.sharding import load_in_shards  # not there before torch 2.6
@@ -101,10 +101,10 @@ def load_model(
     training. Tensors that are stored in float32 beside others in 16 bit stay in float32. UserError: the files are no
     causal language model that transformers reads, or not all of it, or more, or the memory is too small.
     """
-    base = base_of(model_dir)
+    base = ModelSource(model_dir).base
     stored = how_stored(base)
     if base != model_dir:
-        facts = adapter_facts(model_dir)
+        facts = ModelSource(model_dir).adapter_facts
         bits = int(facts["base_bits"]) if bits is None and "base_bits" in facts else bits
         how = f" in {bits} bit" if bits else ""
         print(f"Adapter {model_dir} on the base {base}{how}, prompts as in {facts.get('template') or 'its training'}")
@@ -113,7 +113,7 @@ def load_model(
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
     in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    needed = bytes_of_weights(base) * in_memory // stored.bits
+    needed = ModelSource(base).bytes_of_weights * in_memory // stored.bits
     with explain_out_of_memory(f"the weights of {base}", needed, device, options):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
@@ -125,7 +125,7 @@ def load_model(
             tell_what_is_not_in_bits(model, bits)
         setattr(model.config, DTYPE, stored.most or next(model.parameters()).dtype)  # older releases leave it open
         # quantized, or experts that transformers made one tensor of: the others would keep all of the files mapped
-        made = bits or dict(model.named_parameters()).keys() - stored_tensors(base).keys()
+        made = bits or dict(model.named_parameters()).keys() - ModelSource(base).tensors.keys()
         move(model, device, dtype, stored, copy=device.type == "cpu" and bool(made))
         if stored.mixed and dtype != torch.float32:  # its parts are in two types, products need one
             model.forward = torch.autocast(device.type, dtype or stored.most)(model.forward)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 from common.support.exit import UserError
-from common.support.model_dir import raw_config, safetensors_files, stored_tensors
+from common.support.model_dir import ModelSource
 from common.tokenization import fingerprint, load_tokenizer
 from model.stored import TYPES, Stored
 
@@ -51,7 +51,7 @@ def weights_to_save(model: nn.Module, stored: Optional[Stored]) -> Dict[str, tor
 def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Module, stored: Optional[Stored]) -> None:
     """UserError unless the files in `directory` hold `weights`, by their headers, and one tensor in a hundred by value;
     as many numbers as the model has, and each in the type of the base's."""
-    saved = stored_tensors(str(directory))
+    saved = ModelSource(directory).tensors
     places = {_place(weight) for name, weight in weights.items() if name in saved}
     lost = [name for name, weight in weights.items() if _place(weight) not in places]
     require(not lost, f"{lost[:1]} is missing")
@@ -65,7 +65,7 @@ def check_saved(directory: Path, weights: Dict[str, torch.Tensor], model: nn.Mod
     live = {_place(weight): weight.numel() for weight in model.state_dict().values()}
     require(numbers == sum(live.values()), f"it has {numbers} numbers in place of {sum(live.values())}")
     some = set(sorted(saved)[::100])
-    for file in safetensors_files(str(directory)):
+    for file in ModelSource(directory).safetensors_files:
         with safe_open(str(file), "pt") as opened:
             for name in some.intersection(opened.keys()):
                 require(torch.equal(opened.get_tensor(name), weights[name]), f"{name} has other values")
@@ -118,7 +118,7 @@ def complete_config(directory: Path, base: str, dtype: Optional[torch.dtype]) ->
     A release before 5 passes over `rope_parameters`, and would compute with a rope_theta of 10000 without a word.
     """
     path = directory / "config.json"
-    came, config = raw_config(base) if base else {}, json.loads(path.read_bytes())
+    came, config = ModelSource(base).config if base else {}, json.loads(path.read_bytes())
     for key in ("quantization_config", "compression_config", "transformers_version", "auto_map", "_name_or_path"):
         came.pop(key, None)
     _older_keys(came, config)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import distributed
 from common.support.exit import UserError
-from common.support.model_dir import bytes_of_weights, safetensors_files, stored_tensors
+from common.support.model_dir import ModelSource
 from model.loss import CausalLMLoss
 from model.reading import COMPUTED, DTYPE, mismatch
 from model.stored import Stored
@@ -92,14 +92,14 @@ def _without_weights(dtype: torch.dtype) -> Iterator[None]:
 
 def _places(model: nn.Module, directory: str) -> Dict[str, Tuple[Path, str]]:
     """{name of a weight in the model: (file, its name there)}, once where tied. UserError where the two differ."""
-    if not safetensors_files(directory):
-        kind = "of the older form .bin" if bytes_of_weights(directory) else "not on this disk"
+    if not ModelSource(directory).safetensors_files:
+        kind = "of the older form .bin" if ModelSource(directory).bytes_of_weights else "not on this disk"
         raise UserError(
             f"The weights of {directory} are {kind}, of which several processes can't each read a part. Give a "
             "directory with .safetensors files: the download scripts write them, tutorial/download_gpt_13b.py too."
         )
     files: Dict[str, Path] = {}
-    for file in safetensors_files(directory):
+    for file in ModelSource(directory).safetensors_files:
         with safe_open(str(file), "pt") as opened:
             files.update(dict.fromkeys(opened.keys(), file))
     prefix = f"{model.base_model_prefix}."
@@ -124,7 +124,7 @@ def _places(model: nn.Module, directory: str) -> Dict[str, Tuple[Path, str]]:
         )
     if strange or lacking:
         raise UserError(f"The weights of {directory} {mismatch(model, strange, lacking)}")
-    shapes = stored_tensors(directory)
+    shapes = ModelSource(directory).tensors
     live = model.state_dict()
     for name, (_, there) in found.items():
         if shapes[there]["shape"] != list(live[name].shape):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.support.exit import UserError
-from common.support.model_dir import raw_config, stored_tensors
+from common.support.model_dir import ModelSource
 
 # as safetensors names them
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -32,14 +32,14 @@ class Stored(NamedTuple):
 
 def how_stored(model_dir: str) -> Stored:
     """The form of the model in `model_dir`; of a hub id nothing is known. UserError for one that can't be used here."""
-    config = raw_config(model_dir)
+    config = ModelSource(model_dir).config
     inner = config.get("text_config") or {}
     named = next((part[key] for part in (config, inner) for key in ("dtype", "torch_dtype") if part.get(key)), "")
     most = getattr(torch, str(named), None)
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
         return _quantized(quantization, most or torch.bfloat16, model_dir)
-    tensors = stored_tensors(model_dir)
+    tensors = ModelSource(model_dir).tensors
     types = {name: TYPES[entry["dtype"]] for name, entry in tensors.items() if entry["dtype"] in TYPES}
     types = types or _types_of_bin(model_dir)
     numbers: Dict[torch.dtype, int] = {}

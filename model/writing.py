@@ -13,7 +13,7 @@ from torch import nn
 
 from common import distributed
 from common.support.exit import UserError
-from common.support.model_dir import safetensors_files, stored_tensors
+from common.support.model_dir import ModelSource
 from model.result import require
 from model.stored import TYPES, Stored
 
@@ -132,14 +132,14 @@ def _append(path: Path, whole: torch.Tensor) -> None:
 
 
 def _check_headers(directory: Path, weights: Dict[str, Weight]) -> None:
-    saved = {name: (entry["dtype"], entry["shape"]) for name, entry in stored_tensors(str(directory)).items()}
+    saved = {name: (entry["dtype"], entry["shape"]) for name, entry in ModelSource(directory).tensors.items()}
     live = {name: (NAMES[weight.dtype], list(weight.tensor.shape)) for name, weight in weights.items()}
     differ = sorted(name for name in saved.keys() | live.keys() if saved.get(name) != live.get(name))
     require(not differ, f"{differ[:1]} is not as it should be")
 
 
 def _check_values(directory: Path, name: str, whole: torch.Tensor) -> None:
-    for file in safetensors_files(str(directory)):
+    for file in ModelSource(directory).safetensors_files:
         with safe_open(str(file), "pt") as opened:
             if name in opened.keys():  # noqa: SIM118
                 require(torch.equal(opened.get_tensor(name), whole), f"{name} has other values")

@@ -15,15 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from common.support.exit import STOP_SIGNALS
 from tests.hub_server import HubServer
 
 # a shell that runs the tests in the background ignores Ctrl-C for them, and they would hand that on to the scripts
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# the tests import `common` as well, whose answer to these is made for a script: pytest would take it for a failed test
-for stop in STOP_SIGNALS:
-    signal.signal(stop, signal.SIG_DFL)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("tutorial", "dataset", "common", "model", "requirements")

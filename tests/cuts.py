@@ -89,5 +89,5 @@ def same_result(folder, other):
 
 def copy_of(folder, target):
     """A copy of a working directory, its links to the repository kept."""
-    shutil.copytree(folder, target, symlinks=True, ignore=shutil.ignore_patterns(".training.lock"))
+    shutil.copytree(folder, target, symlinks=True, ignore=shutil.ignore_patterns(".training.*"))
     return target

@@ -22,7 +22,7 @@ from common.dataset_file import load_dataset, prepare_dataset
 from common.device import start_device
 from common.optim import make_optimizer
 from common.support.exit import UserError
-from common.support.model_dir import adapter_facts, base_of, require_adapter, require_model
+from common.support.model_dir import ModelSource, require_adapter, require_model
 from common.tokenization import load_tokenizer
 from common.trainer import train
 from dataset.sources import load_splits
@@ -377,8 +377,8 @@ def test_the_weight_file_says_what_it_belongs_to(saved, directory):
         fingerprint = facts.pop("base_fingerprint")
         expected = {"format": "pt", "base": directory("llama3"), "base_bits": str(bits), "template": "alpaca"}
         assert facts == expected and len(fingerprint) == 16
-    assert adapter_facts(saved("gpt", "other"))["base_fingerprint"] != fingerprint
-    assert adapter_facts(directory("gpt")) == {}
+    assert ModelSource(saved("gpt", "other")).adapter_facts["base_fingerprint"] != fingerprint
+    assert ModelSource(directory("gpt")).adapter_facts == {}
 
 
 def test_an_adapter_goes_with_its_own_base_alone(saved, directory):
@@ -407,7 +407,7 @@ def test_adapter_and_base_may_be_moved_and_adapter_config_json_says_where_the_ba
         require_model(str(moved))
     point_to(moved, tmp_path / "elsewhere" / "base")
     require_adapter(str(moved))
-    assert base_of(str(moved)) == str(tmp_path / "elsewhere" / "base")
+    assert ModelSource(moved).base == str(tmp_path / "elsewhere" / "base")
     assert torch.equal(logits(load_model(str(moved), CPU.device, CPU.dtype)), expected)
 
 
@@ -453,7 +453,7 @@ def test_an_adapter_saved_over_a_whole_model_and_the_other_way_round_leave_nothi
     whole()
     assert not list(folder.glob("adapter_*"))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)), expected)
-    assert base_of(str(folder)) == str(folder)
+    assert ModelSource(folder).base == str(folder)
     assert (folder / "training_log.jsonl").read_text() == "of the training"
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from common.support.exit import UserError
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
 from model.adapters import add_lora, load_adapter, save_adapter
@@ -344,7 +344,9 @@ def test_a_merged_adapter_and_a_loaded_one_answer_as_the_trained_one(base, tmp_p
 def test_a_saved_model_is_the_base_again_in_plain_transformers(base, tokenizer, tmp_path):
     saved = str(tmp_path / "saved")
     save_model(load_model(base, CPU), tokenizer, saved, base)
-    types = [{name: entry["dtype"] for name, entry in stored_tensors(directory).items()} for directory in (base, saved)]
+    types = [
+        {name: entry["dtype"] for name, entry in ModelSource(directory).tensors.items()} for directory in (base, saved)
+    ]
     assert types[0] == types[1]
     before, after = plain(base), plain(saved)
     for kind in ("named_parameters", "named_buffers"):

@@ -71,19 +71,21 @@ def test_training_all_weights_of_an_adapter(adapter, refused):
 
 @pytest.mark.parametrize("script", ["merge", "compare"])
 def test_a_whole_model_in_place_of_an_adapter(script, refused):
-    words = ["./llama3-8b is a whole model", "--use-lora"]
+    words = ["./llama3-8b is not an adapter", "--use-lora"]
     refused(LOADERS[script].replace("./adapter", "./llama3-8b"), tells_of=words)
 
 
 def test_adapter_whose_base_is_missing(adapter, ready, refused):
     (ready / "llama3-8b").rename(ready / "moved")
-    words = ["./llama3-8b does not exist", "base of the adapter ./adapter", "./adapter/adapter_config.json"]
+    words = ["./llama3-8b does not exist", "base model of the adapter ./adapter", "./adapter/adapter_config.json"]
     for command in LOADERS.values():
         refused(command, tells_of=words)
     configure(adapter, base_model_name_or_path=str(ready / "moved"))
     (ready / "moved" / "model.safetensors").unlink()
     for function in (require_model, require_adapter):
-        raises(["moved has no weights", f"base of the adapter {adapter}", "adapter_config.json"], function, adapter)
+        raises(
+            ["moved has no weights", f"base model of the adapter {adapter}", "adapter_config.json"], function, adapter
+        )
 
 
 def test_adapter_whose_base_is_another_model(adapter, ready, refused):
@@ -99,8 +101,8 @@ def test_adapter_weights_cut_short(adapter, refused):
     configure(adapter, base_model_name_or_path=str(adapter.parent / "llama3-8b"))
     for keep in (0, 5, 1000, -1):
         file.write_bytes(whole[:keep])
-        raises([f"{file} is cut short", "train the adapter again"], require_model, adapter)
-    refused(LOADERS["inference"], tells_of=["adapter/adapter_model.safetensors", "cut short", "train the adapter"])
+        raises([f"{file} is truncated", "train the adapter again"], require_model, adapter)
+    refused(LOADERS["inference"], tells_of=["adapter/adapter_model.safetensors", "truncated", "train the adapter"])
 
 
 @pytest.mark.parametrize("script", LOADERS)
@@ -132,8 +134,8 @@ def test_adapter_that_does_not_fit_its_base(adapter, ready, trained, refused):
 def test_adapter_that_learned_another_template(adapter, refused):
     """The adapter's own file tells, with no run.json beside it."""
     (adapter / "run.json").unlink()
-    words = ["./adapter was trained on prompts of the template summarization", "korean_alpaca"]
-    words += ["Ask it with tutorial/inference_llama2.py or tutorial/inference_llama3.py."]
+    words = ["./adapter was trained with the prompt template summarization", "korean_alpaca"]
+    words += ["Use the inference script of its tutorial."]
     refused(f"python tutorial/inference_llama3_1.py {ADAPTER}", tells_of=words)
 
 
@@ -145,7 +147,7 @@ def test_adapter_without_tokenizer(adapter, refused):
 
 @pytest.mark.parametrize("place", ["./adapter", "./llama3-8b"])
 def test_a_merged_model_never_takes_the_place_of_what_it_is_made_of(place, adapter, refused):
-    refused(MERGE, "--save-dir", place, tells_of=[f"--save-dir {place}", "Give another"])
+    refused(MERGE, "--save-dir", place, tells_of=[f"--save-dir {place}", "another"])
 
 
 def test_comparison_without_a_dataset_file(adapter, ready, refused):

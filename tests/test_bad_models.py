@@ -83,7 +83,7 @@ def test_tokenizer_cut_short(ready, refused):
 def test_weights_cut_short(script, keep, ready, refused):
     file = ready / "llama3-8b" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(SCRIPTS[script], tells_of=["model.safetensors", "cut short"])
+    refused(SCRIPTS[script], tells_of=["model.safetensors", "truncated"])
 
 
 def test_pickled_weights_cut_short(ready, refused):
@@ -92,7 +92,7 @@ def test_pickled_weights_cut_short(ready, refused):
     torch.save({"weight": torch.zeros(10_000)}, ready / "llama3-8b" / "pytorch_model.bin")
     with open(ready / "llama3-8b" / "pytorch_model.bin", "r+b") as file:
         file.truncate(20_000)
-    refused(TRAIN, tells_of=["pytorch_model.bin", "cut short"])
+    refused(TRAIN, tells_of=["pytorch_model.bin", "truncated"])
 
 
 def test_weights_of_another_model(ready, refused):
@@ -103,27 +103,18 @@ def test_weights_of_another_model(ready, refused):
     refused(TRAIN, tells_of=["./llama3-8b", "can't be loaded"])
 
 
-OF_ALPACA = "tutorial/inference_mistral.py or tutorial/inference_smollm2.py"
-
-
-# "alpaca(" is found in "korean_alpaca(" too, so a script that refuses the model is advised as well
 @pytest.mark.parametrize(
-    "template, script, right",
-    [
-        ("summarization", "inference_gpt.py", "tutorial/inference_llama2.py or tutorial/inference_llama3.py"),
-        ("summarization", "inference_mistral.py", "tutorial/inference_llama2.py or tutorial/inference_llama3.py"),
-        pytest.param("alpaca", "inference_llama2.py", OF_ALPACA),
-        pytest.param("alpaca", "inference_llama3_1.py", OF_ALPACA),
-        ("instruction", "inference_llama3.py", "tutorial/inference_gpt.py"),
-        ("korean_alpaca", "inference_smollm2.py", "tutorial/inference_llama3_1.py"),
-        ("my_own", "inference_llama3.py", "the script of its tutorial"),
-    ],
+    "template, script",
+    [("summarization", "inference_gpt.py"), ("alpaca", "inference_llama3_1.py"), ("my_own", "inference_llama3.py")],
 )
-def test_model_that_learned_another_template(template, script, right, ready, refused):
+def test_model_that_learned_another_template(template, script, ready, refused):
     """It would be asked in a format that it never saw, and answer all the same."""
     run = {"options": {}, "dataset": {"template": template}}
     (ready / "llama3-8b" / "run.json").write_text(json.dumps(run), encoding="utf-8")
-    words = ["./llama3-8b was trained on prompts of the template", template, f"Ask it with {right}."]
+    words = [
+        f"./llama3-8b was trained with the prompt template {template},",
+        "Use the inference script of its tutorial.",
+    ]
     refused(f"python tutorial/{script} --model-name-or-path ./llama3-8b", tells_of=words)
 
 

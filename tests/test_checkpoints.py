@@ -70,8 +70,10 @@ PHASES = {
     "in-the-last-step's-checkpoint": ("open:checkpoint.json 7.1", 6, [6]),
     "before-the-model-is-saved": ("-model.loading:save_model 1", 7, [7]),
     "when-the-model-is-written": ("open:/run.json 7.1", 7, [7]),
-    "before-the-model-takes-its-place": ("-common.support.files:_exchange 7.1", 7, [7]),
-    "after-the-model-has-taken-its-place": ("+common.support.files:_exchange 7.1", 0, []),
+    "before-the-model-takes-its-place": ("-common.support.files:_move_files 7.1", 7, [7]),
+    "before-the-model-has-its-config": ("os.rename:/config.json 7.1", 7, [7]),
+    "before-the-checkpoint-goes": ("os.rename:/removed/checkpoint-7 7.1", 7, [7]),
+    "after-the-model-has-taken-its-place": ("+common.support.files:_move_files 7.1", 0, []),
 }
 if BY_PARTS:
     PHASES["while-tensors-are-written"] = ("-torch.distributed.checkpoint.filesystem:_write_item 4.9", 2, [2])
@@ -413,8 +415,14 @@ def cut(small_base, warm, tmp_path_factory):
     folder = copy_of(small_base, tmp_path_factory.mktemp("cut") / "work")
     killed(train(warm, folder, f"{FULL} --save-total-limit 2", cut="9 -torch:Tensor.backward 7.2"))
     assert checkpoints(folder) == [4, 6]
-    (folder / SAVED / ".training.lock").unlink()
+    remove_lock(folder)
     return folder
+
+
+def remove_lock(folder):
+    """Remove what a process that was killed has left of its lock."""
+    for path in (folder / SAVED).glob(".training.*"):
+        path.unlink()
 
 
 @pytest.fixture
@@ -527,7 +535,7 @@ def test_another_program_s_checkpoint_is_refused_and_stays(step, small, warm):
 def test_what_killed_runs_have_left_is_removed_at_the_next_start(small, warm):
     """Before anything is loaded, and no more than that."""
     saved = small / SAVED
-    ours = [saved / ".checkpoint-2.abcd_123", small / f".{SAVED}.zzzzzzz9", saved / ".new.abcdefgh"]
+    ours = [saved / ".checkpoint-2.abcd_123", small / f".{SAVED}.zzzzzzz9", saved / f".{SAVED}.abcdefgh"]
     theirs = [saved / ".checkpoint-2.other", saved / ".checkpoint-x.abcdefgh", small / ".other.abcdefgh"]
     for directory in ours + theirs:
         directory.mkdir(parents=True)
@@ -596,7 +604,7 @@ def cut_lora(small_base, warm, tmp_path_factory):
     """As `cut`, of an adapter, killed in step 5."""
     folder = copy_of(small_base, tmp_path_factory.mktemp("cut-lora") / "work")
     killed(train(warm, folder, f"{KINDS['lora']} --save-steps 2", cut="9 -torch:Tensor.backward 5.1"))
-    (folder / SAVED / ".training.lock").unlink()
+    remove_lock(folder)
     return folder
 
 
@@ -769,9 +777,9 @@ def test_two_runs_into_one_directory(small, warm):
     finally:
         process.kill()
         process.communicate()
-    since = json.loads((small / SAVED / ".training.lock").read_text())["since"]
-    holder = f"process {process.pid} on {socket.gethostname()} trains there since {since}"
-    assert f"{SAVED} is in use: {holder}." in line and "--save-dir" in line
-    assert scratch(small)[0] == ".training.lock" or ".training.lock" in scratch(small)
+    since = json.loads((small / SAVED / ".training.holder.json").read_text())["since"]
+    holder = f"process {process.pid} on {socket.gethostname()}, which has been training there since {since}"
+    assert f"{SAVED} is locked by {holder}." in line and "--save-dir" in line
+    assert ".training.lock" in scratch(small)
     third = train(warm, small, f"{FULL} --restart")
     assert "Model saved" in third.stdout and not scratch(small) and not checkpoints(small)

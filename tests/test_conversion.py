@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from tests.conftest import ROOT, lay_out
 from tests.helpers import tells
 
@@ -62,7 +62,7 @@ def converted(folder, on_hub):
     )
     assert not list(folder.glob(".cerebras*")) and not list(directory.glob(".model*"))
     index = json.loads((directory / "model.safetensors.index.json").read_text())
-    assert index["weight_map"].keys() == on_hub[1].keys() == stored_tensors(str(directory)).keys()
+    assert index["weight_map"].keys() == on_hub[1].keys() == ModelSource(directory).tensors.keys()
     size = sum(weight.numel() * weight.element_size() for weight in on_hub[1].values())
     assert index["metadata"]["total_size"] == size
     assert (directory / SHARDS[0]).stat().st_mode & 0o044
@@ -86,7 +86,7 @@ def test_bins_become_safetensors_and_do_not_come_again(folder, warm, hub, on_hub
     [
         f"open:{SHARDS[1]} 1",
         f"os.rename:{SHARDS[1]} 1",
-        "+common.support.files:flush 4",
+        "+common.support.files:fsync 4",
         "os.rename:model.safetensors.index 1",
     ],
 )
@@ -112,7 +112,7 @@ def test_a_bin_that_is_damaged(folder, warm, hub):
 def test_a_stand_in_is_still_a_stranger(folder, warm, hub):
     """A safetensors file that was made of none of the hub's."""
     warm(f"{DOWNLOAD} --tiny", cwd=folder)
-    tells(warm(DOWNLOAD, cwd=folder, ok=None), "model.safetensors, which is not of cerebras/Cerebras-GPT-13B")
+    tells(warm(DOWNLOAD, cwd=folder, ok=None), "model.safetensors, which is not a file of cerebras/Cerebras-GPT-13B")
 
 
 def test_a_training_takes_them(warm, hub, tmp_path):

@@ -11,7 +11,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model.loading import load_model
 from tests import stored_forms as forms
@@ -170,6 +170,6 @@ def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
     model = load_model(directory, torch.device("cpu"), torch.bfloat16)
     assert next(model.parameters()).dtype == torch.bfloat16
     # transformers 4 makes no one tensor of them: there the files are the weights, and not beside them
-    made = dict(model.named_parameters()).keys() - stored_tensors(directory).keys()
+    made = dict(model.named_parameters()).keys() - ModelSource(directory).tensors.keys()
     assert made or not FUSED
     assert not made or directory not in Path("/proc/self/maps").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ import transformers
 
 from common.device import Device
 from common.optim import make_optimizer
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model.loading import load_model, save_model
 from model.loss import CausalLMLoss
@@ -173,8 +173,8 @@ def test_saving_in_mid_training_changes_nothing_of_the_training(directories, tmp
     plain, saved = train(False), train(True)
     assert all(weight.dtype == torch.float32 for weight in saved.values() if weight.is_floating_point())
     assert all(torch.equal(weight, saved[name]) for name, weight in plain.items())
-    assert {entry["dtype"] for entry in stored_tensors(str(tmp_path / "saved")).values()} == {"BF16"}
-    assert stored_tensors(str(tmp_path / "saved")).keys() == stored_tensors(directory).keys()
+    assert {entry["dtype"] for entry in ModelSource(tmp_path / "saved").tensors.values()} == {"BF16"}
+    assert ModelSource(tmp_path / "saved").tensors.keys() == ModelSource(directory).tensors.keys()
     reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", torch_dtype="auto")
     assert reopened.dtype == torch.bfloat16
     assert os.stat(tmp_path / "saved" / "model.safetensors").st_mode & 0o044  # others may read it

@@ -79,7 +79,7 @@ def test_4_bit_with_a_bitsandbytes_for_another_torch(monkeypatch):
 
 
 def test_bitsandbytes_for_a_gpu_may_be_older_than_for_a_cpu(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.45.1")
+    monkeypatch.setattr("common.support.compat.version", lambda _: "0.45.1")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for device, error in (("cuda", "0.43.*does not work"), ("cpu", "0.46 or newer, and 0.45.1 is installed")):
         with pytest.raises(UserError, match=error):
@@ -87,7 +87,7 @@ def test_bitsandbytes_for_a_gpu_may_be_older_than_for_a_cpu(monkeypatch):
 
 
 def test_lora_with_a_peft_that_is_too_old(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", lambda _: "0.9.0")
+    monkeypatch.setattr("common.support.compat.version", lambda _: "0.9.0")
     problem = r"needs peft 0\.1\d or newer, and 0\.9\.0 is installed: pip install "
     with pytest.raises(UserError, match=f"--use-lora {problem}"):
         adapters.add_lora(None, "./model", 16, 16, 0.0, ["all-linear"])

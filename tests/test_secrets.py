@@ -12,8 +12,14 @@ TOKEN = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
 FAULT = """
 import sys
 sys.path.insert(0, {root!r})
-import common
-raise RuntimeError("asked with the header Bearer " + {token!r})
+from common.support.exit import run
+
+
+def main():
+    raise RuntimeError("asked with the header Bearer " + {token!r})
+
+
+run(main)
 """
 
 

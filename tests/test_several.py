@@ -15,7 +15,7 @@ import torch
 import torch.distributed.fsdp
 import transformers
 
-from common.support.model_dir import stored_tensors
+from common.support.model_dir import ModelSource
 from tests.conftest import ROOT, TIMEOUT, environment, lay_out
 from tests.helpers import adapter_weights, contents, error_of, quantizes, records
 
@@ -201,8 +201,8 @@ def test_what_is_loaded_in_slices_is_the_model(name, one, several):
 @pytest.mark.parametrize("name", [name for name, words in CASES.items() if "--use-lora" not in words])
 def test_the_saved_model_is_what_one_process_saves(name, one, several):
     saved, expected = several / name / "saved", one / name / "saved"
-    assert stored_tensors(str(saved)) and not list(saved.glob("sharded")) and not list(saved.parent.glob(".*"))
-    of_both = [{key: (e["dtype"], e["shape"]) for key, e in stored_tensors(str(d)).items()} for d in (saved, expected)]
+    assert ModelSource(saved).tensors and not list(saved.glob("sharded")) and not list(saved.parent.glob(".*"))
+    of_both = [{key: (e["dtype"], e["shape"]) for key, e in ModelSource(d).tensors.items()} for d in (saved, expected)]
     assert of_both[0] == of_both[1]
     for file in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert json.loads((saved / file).read_text()) == json.loads((expected / file).read_text())
@@ -213,7 +213,7 @@ def test_the_saved_model_is_what_one_process_saves(name, one, several):
     if name == "llama":
         index = json.loads((saved / "model.safetensors.index.json").read_text())
         assert {*index["weight_map"].values(), "model.safetensors.index.json"} == files and len(files) > 2
-        assert index["weight_map"].keys() == stored_tensors(str(saved)).keys()
+        assert index["weight_map"].keys() == ModelSource(saved).tensors.keys()
     else:
         assert files == {"model.safetensors"}
 

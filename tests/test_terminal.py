@@ -172,7 +172,7 @@ def test_data_with_a_byte_order_mark(name, ready, warm):
 def test_a_run_json_with_a_byte_order_mark(ready, refused):
     run = {"options": {}, "dataset": {"template": "alpaca"}}
     (ready / "llama3-8b" / "run.json").write_bytes(codecs.BOM_UTF8 + json.dumps(run).encode())
-    refused(ASK, tells_of=["was trained on prompts of the template alpaca"])
+    refused(ASK, tells_of=["was trained with the prompt template alpaca"])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import Parser, add_bits, non_negative_int, positive_int
 from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
-from common.support.model_dir import base_of, require_model, run_of
+from common.support.model_dir import ModelSource, require_model
 
 
 def arguments():
@@ -54,8 +54,9 @@ def arguments():
     args = parser.parse_args()
     model_dir = args.model_name_or_path
     require_model(model_dir)
-    trained = run_of(model_dir).get("options", {})
-    base = base_of(model_dir) if base_of(model_dir) != model_dir else trained.get("model_name_or_path")
+    source = ModelSource(model_dir)
+    trained = source.run.get("options", {})
+    base = source.base if source.is_adapter else trained.get("model_name_or_path")
     args.base_model_name_or_path = args.base_model_name_or_path or base
     args.dataset_name_or_path = args.dataset_name_or_path or trained.get("dataset_name_or_path")
     for option in ("--base-model-name-or-path", "--dataset-name-or-path"):
@@ -100,7 +101,7 @@ def main():
     def measure(model, when):
         return perplexity_and_answers(model, tokenizer, batches, prompts, args.max_new_tokens, device, when, ends)
 
-    base = base_of(args.model_name_or_path)
+    base = ModelSource(args.model_name_or_path).base
     if base != args.model_name_or_path and base == args.base_model_name_or_path:  # an adapter on that base
         model = load(args.model_name_or_path)
         with model.disable_adapter():  # the same weights, asked without what was learned

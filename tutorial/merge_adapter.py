@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import Parser
 from common.support.exit import UserError, run
 from common.support.files import require_disk_space, require_writable
-from common.support.model_dir import base_models, base_of, bytes_of_weights, require_adapter, run_of
+from common.support.model_dir import ModelSource, base_models, require_adapter
 
 
 def main():
@@ -22,12 +22,14 @@ def main():
     parser.add_argument("--model-name-or-path", default="./llama3_1_korean", help="directory of the adapter")
     parser.add_argument("--save-dir", default="./llama3_1_korean_merged", help="directory for the whole model")
     args = parser.parse_args()
-    adapter, base = args.model_name_or_path, base_of(args.model_name_or_path)
+    adapter = args.model_name_or_path
+    source = ModelSource(adapter)
+    base = source.base
     require_writable(args.save_dir, "--save-dir")
     if Path(args.save_dir).resolve() in (Path(adapter).resolve(), Path(base).resolve()):
         raise UserError(f"--save-dir {args.save_dir} is the directory of the adapter or of its base. Give another.")
     require_adapter(adapter)
-    require_disk_space(bytes_of_weights(base), args.save_dir, "The merged model")
+    require_disk_space(ModelSource(base).bytes_of_weights, args.save_dir, "The merged model")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     import torch
@@ -39,7 +41,7 @@ def main():
     model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0, options=())
 
     model = model.merge_and_unload()  # W + alpha / r * B A, layer by layer
-    run = {**run_of(adapter), "made_of": base_models(base, merged=adapter)}
+    run = {**source.run, "made_of": base_models(base, merged=adapter)}
     save_model(model, tokenizer, args.save_dir, base, run)
 
 

@@ -1,15 +1,17 @@
-"""What older Pythons, torches and transformers lack, and whether an optional package is there.
+"""What older versions of Python, torch and transformers lack, and whether an optional package is installed.
 
 The scripts run with Python 3.8, torch 1.13 and transformers 4.40, and with everything newer.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Dict
 
 from common.support.exit import UserError, requirements_file_for
 
@@ -68,3 +70,20 @@ def cpu_supports(instructions: str) -> bool:
     import torch
 
     return getattr(getattr(torch, "cpu", None), f"_is_{instructions}_supported", lambda: False)()
+
+
+def add_switch(group, name: str, default: bool, help: str) -> None:
+    """Options `--name` and `--no-name`. (argparse.BooleanOptionalAction came with Python 3.9.)"""
+    dest = name.replace("-", "_")
+    group.add_argument(f"--{name}", action="store_true", default=default, help=f"{help}; --no-{name} turns it off")
+    group.add_argument(f"--no-{name}", dest=dest, action="store_false", default=default, help=argparse.SUPPRESS)
+
+
+def load_mapped(path: Path) -> Dict:
+    """torch.load of tensors that stay in the file until they are used, where torch and the file's format allow it."""
+    import torch
+
+    try:
+        return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
+    except (TypeError, RuntimeError):  # torch before 2.1, or a file in the format of torch before 1.6
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -42,6 +42,9 @@ def run(main: Callable[[], None]) -> None:
     """
     # Threads that wait for work sleep, so that other programs get the cores. libgomp reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Without a terminal, as a service may be started, Python has no streams.
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     # Line by line, so that our own print meets a closed pipe (`| head`), and not a library that hides the error.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
@@ -49,25 +52,22 @@ def run(main: Callable[[], None]) -> None:
         for number in STOP_SIGNALS:
             if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
                 signal.signal(number, _terminate)
+    stderr = sys.stderr
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
+    status = 0
+    interrupted = False
     try:
         main()
-        status = 0
-    except BaseException as error:
-        status = _report(error)
-        if world_size() > 1:
-            _leave_at_once(status)
-    if world_size() > 1:
         _leave_group()
-        _leave_at_once(status)
-    status = _flush() or status
-    if status == 128 + signal.SIGINT:
-        # Die by the signal itself, so that a shell loop around the script stops as well.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        atexit._run_exitfuncs()
-        os.kill(os.getpid(), signal.SIGINT)
-    sys.exit(status)
+    except BaseException as error:
+        sys.stderr = stderr
+        try:
+            status = _report(error)
+        except BrokenPipeError:  # `2>&1 | head`
+            status = CLOSED_PIPE
+        interrupted = isinstance(error, KeyboardInterrupt)
+    _end(status, interrupted)
 
 
 def _terminate(number, _) -> None:
@@ -85,13 +85,12 @@ def _report(error: BaseException) -> int:
     if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt, SystemExit)):
         error = error.__context__
     if isinstance(error, SystemExit) and not isinstance(error, Terminated):
-        return error.code if isinstance(error.code, int) else int(bool(error.code))
+        return _status_of_exit(error)
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
     peer_failed = is_peer_failure(error)
     if world_size() > 1 and not _is_my_turn_to_print(error, peer_failed):
         return _status_of(error)
-    sys.stderr = sys.__stderr__
     if peer_failed:
         line = "error: another process failed; see torchrun's report (Root Cause) below."
     elif isinstance(error, (KeyboardInterrupt, Terminated)):
@@ -104,6 +103,14 @@ def _report(error: BaseException) -> int:
         line = f"\n{line}"  # the progress bar of rank 0 may stand in this line of the terminal
     print(without_secrets(line), file=sys.stderr)
     return _status_of(error)
+
+
+def _status_of_exit(error: SystemExit) -> int:
+    """As Python does it: None is 0, and anything but a number is printed."""
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(without_secrets(str(error.code)), file=sys.stderr)
+    return 1
 
 
 def _status_of(error: BaseException) -> int:
@@ -205,22 +212,34 @@ def requirements_file_for(module: str) -> str:
 
 def install_hint(module: str) -> str:
     """The line for a package that is not installed."""
-    return f"{module.split('.')[0]} is not installed: pip install -r {requirements_file_for(module)}"
+    package = module.split(".")[0]
+    file = requirements_file_for(module)
+    return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
 
 
-def _flush() -> int:
-    """Write out what is still buffered; the exit status where nobody reads it (a closed pipe) or the disk is full."""
+def _end(status: int, interrupted: bool) -> None:
+    """End the process with `status`; another one where nobody reads the output (a closed pipe) or the disk is full."""
+    atexit._run_exitfuncs()
+    # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
+    at_once = status == CLOSED_PIPE or world_size() > 1
     try:
         sys.stderr.flush()
         sys.stdout.flush()
-        return 0
     except BrokenPipeError:
         status = CLOSED_PIPE
+        at_once = True
     except OSError as error:
-        os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another place for it.\n".encode())
+        if status == 0:  # else it has been reported
+            os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another path.\n".encode())
         status = 2
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-    return status
+        at_once = True
+    if at_once:
+        os._exit(status)
+    if interrupted and os.name == "posix":
+        # Die by the signal itself, so that a shell loop around the script stops as well.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
+    sys.exit(status)
 
 
 # ------------------------------------------------------------------------------------------------ a signal as a request
@@ -253,7 +272,7 @@ class StopRequest:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.number and kind is None:  # the signal came after the last check
-            os.kill(os.getpid(), self.number)
+            signal.raise_signal(self.number)
         if self.number and error is not None and is_peer_failure(error):
             raise Terminated(128 + self.number) from None  # the other ranks have heard the signal as well
 
@@ -309,10 +328,3 @@ def _leave_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def _leave_at_once(status: int) -> None:
-    """End without Python's own clean-up, in which a thread of the process group can abort the process."""
-    atexit._run_exitfuncs()
-    _flush()
-    os._exit(status)

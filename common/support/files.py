@@ -1,11 +1,8 @@
-"""Places to write, and files and directories that are written whole or not at all."""
+"""Files and directories that are written completely or not at all, and the lock of a directory."""
 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -14,76 +11,129 @@ import shutil
 import socket
 import tempfile
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Iterator, Sequence
 
 from common.support.exit import UserError
 
+CONFIGS = ("config.json", "adapter_config.json")  # no library loads a directory that has neither
+
 
 def nearest_existing(path) -> Path:
-    """`path` itself where it exists, else the nearest directory above it that does: where it would be made."""
+    """`path` itself where it exists, else the nearest directory above it that does."""
     path = Path(path).absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def require_writable(directory, option: str) -> None:
-    """UserError, which names `option`, where `directory` can't be made, or nothing may be written in it."""
+    """UserError, which names `option`, where `directory` cannot be made or written."""
     existing = nearest_existing(directory)
     if not existing.is_dir():
-        raise UserError(f"{existing} is a file, so nothing can be saved in {directory}. Give another {option}.")
+        raise UserError(f"{existing} is a file, so nothing can be saved in {directory}. Choose another {option}.")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"Nothing may be written in {existing}. Give another {option}.")
+        raise UserError(f"{existing} is not writable. Choose another {option}.")
 
 
 def require_disk_space(needed: int, directory, what: str) -> None:
-    """UserError where the disk of `directory` has no room for `needed` bytes."""
+    """UserError where the disk of `directory` has less than `needed` bytes free."""
     free = shutil.disk_usage(nearest_existing(directory)).free
     if needed > free:
         raise UserError(
             f"{what} takes {needed / 1e9:.1f} GB in {directory}, and that disk has {free / 1e9:.1f} GB free. "
-            "Free some space, or give another --save-dir."
+            "Free disk space or choose another --save-dir."
         )
 
 
 @contextmanager
 def atomic_write(path, stale: Sequence[str] = ()) -> Iterator[Path]:
-    """Yield the path at which to write the file, or the directory, that is to be at `path`.
+    """Yield a temporary path at which to write what shall become the file or the directory `path`.
 
-    When the block ends it is on the disk and takes its place in one step; when it ends by an error (Ctrl-C is one)
-    nothing has changed. In a directory that is there already, other files stay, except those that match a pattern of
-    `stale`. Scratch files may lie beside the yielded path; they are removed.
+    When the block ends, the new files are on the disk and take their place. When it ends with an error (Ctrl-C is one),
+    nothing has changed. A file, and a directory that does not exist yet, takes its place by one rename.
+
+    In a directory that exists, files of the same names are replaced, and those that match a pattern of `stale` are
+    removed; all others stay. Its config.json goes first and comes last, so that a process that is killed in between
+    leaves no mixture of two models that loads. `stale` checkpoints go after that, so that the run can be resumed.
+
+    Scratch files may be written next to the yielded path. They are removed.
     """
     path = Path(os.path.realpath(path))
-    beside = nearest_existing(path.parent)
-    place = beside if os.access(beside, os.W_OK) else path
-    with tempfile.TemporaryDirectory(dir=place, prefix=f".{path.name}.") as scratch:
+    parent = path if path.is_dir() else nearest_existing(path.parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.name}.") as scratch:
         new = Path(scratch) / path.name
         yield new
         for file in (new, *new.rglob("*")):
-            flush(file)
-        path.parent.mkdir(parents=True, exist_ok=True)
+            fsync(file)
         if path.is_dir():
-            _replace_directory(new, path, stale)
+            _move_files(new, path, stale)
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(new, path)
-        flush(path.parent)
+            fsync(path.parent)
+
+
+def _move_files(new: Path, path: Path, stale: Sequence[str]) -> None:
+    """Replace files of the directory `path` by those of `new`, which lies in a scratch directory."""
+    names = [file.name for file in new.iterdir()]
+    old = []
+    for file in path.iterdir():
+        is_stale = any(fnmatch(file.name, pattern) for pattern in stale)
+        if file != new.parent and (is_stale or file.name in names):
+            old.append(file)
+    # A rename is one step, a removal of a directory is not: it happens in the scratch directory.
+    removed = new.parent / "removed"
+    removed.mkdir()
+
+    def remove(files):
+        for file in files:
+            os.replace(file, removed / file.name)
+        fsync(path)
+
+    def move_in(files):
+        for file in files:
+            os.replace(new / file, path / file)
+        fsync(path)
+
+    remove(file for file in old if file.name in CONFIGS)
+    remove(file for file in old if file.name not in CONFIGS and not _is_checkpoint(file))
+    move_in(name for name in names if name not in CONFIGS)
+    move_in(name for name in names if name in CONFIGS)
+    remove(file for file in old if _is_checkpoint(file))
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and path.name.startswith("checkpoint-")
 
 
 def remove_scratch(directory: Path) -> None:
-    """Remove what a process that was killed in `atomic_write` has left beside and in a directory of ours."""
+    """Remove what processes that were killed in `atomic_write` have left in and next to a save directory."""
     directory = Path(os.path.realpath(directory))
-    names = {directory.parent: re.escape(directory.name), directory: r"checkpoint-\d+|training_loss\.png|new"}
-    names[directory] += f"|{names[directory.parent]}"
-    for place, name in names.items():
+    name = re.escape(directory.name)
+    for place, names in ((directory.parent, name), (directory, rf"{name}|checkpoint-\d+|training_loss\.png")):
         for path in place.glob(".*"):
-            if re.fullmatch(rf"\.({name})\.[a-z0-9_]{{8}}", path.name) and path.is_dir():
+            if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", path.name) and path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def fsync(path: Path) -> None:
+    """Wait until a file, or the list of names in a directory, is on the disk."""
+    is_directory = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if is_directory else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not is_directory:  # Windows, and some network file systems, cannot do it with a directory
+            raise
+
+
 def weights_fingerprint(model_dir: str) -> str:
-    """A hash of a little from everywhere in a model's weight files; 16 hex digits, of a hub id none at all."""
+    """A hash of samples from everywhere in a model's weight files: 16 hex digits; "" of a hub id."""
     digest = hashlib.sha256()
     files = sorted(Path(model_dir).glob("*.safetensors")) or sorted(Path(model_dir).glob("*.bin"))
     for path in files:
@@ -95,104 +145,62 @@ def weights_fingerprint(model_dir: str) -> str:
     return digest.hexdigest()[:16] if files else ""
 
 
-def flush(path: Path) -> None:
-    """Wait until the file, or a directory's list of names, is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def _replace_directory(new: Path, path: Path, stale: Sequence[str]) -> None:
-    names = sorted(file.name for file in new.iterdir())
-
-    def is_stale(name: str) -> bool:
-        return any(fnmatch(name, pattern) for pattern in stale)
-
-    try:
-        shutil.copymode(path, new)
-        for old in path.iterdir():  # what stays goes along, as a second name of the same file
-            if old.name not in names and old != new.parent and not is_stale(old.name):
-                _link(old, new / old.name)
-        _exchange(new, path)
-        return
-    except (OSError, AttributeError, TypeError):  # a disk of its own, a file system or a system that can't
-        pass
-    # The next best: a directory without its config.json, which goes first and comes last, is no model, and no mixture.
-    with tempfile.TemporaryDirectory(dir=path, prefix=".new.") as inside:
-        for name in names:
-            shutil.move(str(new / name), inside)  # a copy where it is another disk
-            flush(Path(inside) / name)
-        for old in sorted(path.iterdir(), key=lambda file: not file.name.endswith("config.json")):
-            comes_anew = old.name.endswith("config.json") and old.name in names
-            if old.is_file() and (comes_anew or is_stale(old.name)):
-                old.unlink()
-        for name in sorted(names, key=lambda name: name.endswith("config.json")):
-            os.replace(Path(inside) / name, path / name)
-    for old in [old for old in path.iterdir() if old.is_dir() and is_stale(old.name)]:
-        shutil.rmtree(old)
-
-
-def _link(old: Path, new: Path) -> None:
-    if old.is_dir() and not old.is_symlink():
-        shutil.copytree(old, new, symlinks=True, copy_function=os.link)
-    else:
-        os.link(old, new, follow_symlinks=False)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories' names in one step: renameat2, on Linux (https://man7.org/linux/man-pages/man2/rename.2.html)."""
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(other), swap):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(other))
-
-
 class Lock:
-    """`directory` for this process alone, until it ends: a lock that the system takes from a process that is killed
-    (https://man7.org/linux/man-pages/man2/flock.2.html). UserError, with who holds it, where another one does."""
+    """The lock of a save directory, which one process holds until it ends, even if it is killed.
 
-    held: set = set()  # by this process
+    UserError, with the process that holds it, where another one does. On a file system without locks nothing is
+    locked. A second training of the same process, as in a notebook, may use the same directory.
+    """
 
     def __init__(self, directory: Path):
-        self.path, self.made, self.handle = directory / ".training.lock", not directory.exists(), None
-        if os.path.realpath(self.path) in self.held:  # a second training in a notebook
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        while True:
-            self.handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{directory} is in use: {self._holder()}. Wait until that has ended, or give another --save-dir."
-                ) from None
-            except OSError:  # a file system that has no locks
-                break
-            with contextlib.suppress(OSError):
-                if os.path.samestat(os.fstat(self.handle), os.stat(self.path)):
-                    break
-            os.close(self.handle)  # its holder has removed it in the meantime
-        self.held.add(os.path.realpath(self.path))
-        os.ftruncate(self.handle, 0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-        os.write(self.handle, json.dumps(holder).encode())
-        atexit.register(self.release)
+        import filelock  # not at the top: it takes a moment, and --help needs none
 
-    def _holder(self) -> str:
+        self.directory = directory
+        self.made_directory = not directory.exists()
+        self.holder = directory / ".training.holder.json"  # on Windows nobody can read a file that is locked
+        self.lock = filelock.FileLock(directory / ".training.lock")
+        directory.mkdir(parents=True, exist_ok=True)
         try:
-            facts = json.loads(os.pread(self.handle, 1000, 0))
-            return f"process {facts['process']} on {facts['host']} trains there since {facts['since']}"
-        except (OSError, ValueError, KeyError, TypeError):  # it has just begun
-            return "another process trains there"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a file system without locks
+                self.lock.acquire(timeout=1)
+        except filelock.Timeout:
+            self._require_own()
+        except (OSError, NotImplementedError):  # a file system without locks
+            with suppress(OSError):
+                Path(self.lock.lock_file).unlink()
+        if isinstance(self.lock, filelock.SoftFileLock):
+            self.lock.release()  # filelock's replacement on such a file system would outlive a process that is killed
+        if self.lock.is_locked:
+            atexit.register(self.release)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            facts = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
+            self.holder.write_text(json.dumps(facts), encoding="utf-8")
+
+    def _require_own(self) -> None:
+        """UserError where another process holds the lock.
+
+        After the second of waiting the holder has written who it is. Where nobody has, the file system has no locks.
+        """
+        try:
+            facts = json.loads(self.holder.read_bytes())
+            process, host, since = facts["process"], facts["host"], facts["since"]
+        except (OSError, ValueError, TypeError, KeyError):
+            return
+        if (process, host) != (os.getpid(), socket.gethostname()):
+            raise UserError(
+                f"{self.directory} is locked by process {process} on {host}, which has been training there since "
+                f"{since}. Wait until it has ended or choose another --save-dir."
+            )
 
     def release(self) -> None:
-        """Leave the directory to others, before the process ends."""
-        if self.handle is None:
+        """Release the lock, and remove its files; its directory too, where nothing else has come into it."""
+        if not self.lock.is_locked:
             return
-        with contextlib.suppress(OSError):
-            os.unlink(self.path)
-            if self.made:
-                os.rmdir(self.path.parent)  # only where nothing has come into it
-        os.close(self.handle)
-        self.handle = self.held.discard(os.path.realpath(self.path))
+        for file in (self.holder, Path(self.lock.lock_file)):
+            with suppress(OSError):  # Windows removes no file that is open: filelock does it there
+                file.unlink()
+        self.lock.release()
+        if self.made_directory:
+            with suppress(OSError):
+                self.directory.rmdir()

@@ -1,236 +1,217 @@
-"""What lies in a model's directory: whether its weights are all there, an adapter's base, how it was trained.
+"""What is in a model's directory: its weights, the base model of an adapter, how it was trained, where it comes from.
 
-Weights are never read here, only the headers of their files, so that it costs nothing before a training either. None of
-this imports torch. The format of safetensors: https://huggingface.co/docs/safetensors/index#format
+Weights are never read here, only the headers of their files, which takes milliseconds. None of this imports torch.
+The format of safetensors: https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 import zipfile
-from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
 from common.support.exit import UserError, install_hint
 from common.support.files import atomic_write, weights_fingerprint
 
-ADAPTER = "adapter_model.safetensors"  # as peft has it, like adapter_config.json
-RUN = "run.json"  # options, versions, data and template of a training, beside its result
+ADAPTER = "adapter_model.safetensors"  # peft's names, like adapter_config.json
+RUN = "run.json"  # options, versions, data and template of a training, next to its result
+ORIGIN = Path(".cache", "huggingface", "origin.json")  # in the directory of the hub's own records
+
+
+class ModelSource:
+    """The directory, or hub id, of a base model or an adapter. Each file is read once, when it is first needed."""
+
+    def __init__(self, path: str):
+        self.path = str(path)
+        self.directory = Path(path)
+
+    @cached_property
+    def adapter_config(self) -> dict:
+        """adapter_config.json; {} where there is none. UserError where it is damaged."""
+        path = self.directory / "adapter_config.json"
+        if not path.is_file():
+            return {}
+        try:
+            config = json.loads(path.read_text("utf-8"))
+            base = config["base_model_name_or_path"]
+        except (ValueError, TypeError, KeyError):
+            base = None
+        if not (base and isinstance(base, str)):
+            raise UserError(
+                f"{path} is damaged: train the adapter again, or save it as UTF-8 without a byte order mark"
+            )
+        return config
+
+    @property
+    def is_adapter(self) -> bool:
+        return bool(self.adapter_config)
+
+    @property
+    def base(self) -> str:
+        """The directory or hub id of the adapter's base model; of a model itself."""
+        return self.adapter_config.get("base_model_name_or_path", self.path)
+
+    @cached_property
+    def adapter_facts(self) -> Dict[str, str]:
+        """What model.adapters wrote into an adapter's file next to its weights; {} where there is none."""
+        return (read_header(self.directory / ADAPTER) or {}).get("__metadata__", {})
+
+    @cached_property
+    def run(self) -> dict:
+        """run.json of the training that saved it; {} where there is none, or one of another tool."""
+        try:
+            run = json.loads((self.directory / RUN).read_bytes())
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(run, dict):
+            return {}
+        is_ours = isinstance(run.get("options"), dict) and isinstance(run.get("dataset"), dict)
+        return run if is_ours else {}
+
+    @property
+    def template(self) -> Optional[str]:
+        """The name of the prompt template that it was trained with; None where nothing says so."""
+        return self.adapter_facts.get("template") or self.run.get("dataset", {}).get("template")
+
+    @cached_property
+    def config(self) -> dict:
+        """config.json as it is written; {} of a hub id. UserError where it is damaged."""
+        path = self.directory / "config.json"
+        try:
+            return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is damaged: delete it and download the model again") from None
+
+    @property
+    def safetensors_files(self) -> List[Path]:
+        """The files that transformers reads: model.safetensors, or else the shards."""
+        single = self.directory / "model.safetensors"
+        return [single] if single.is_file() else sorted(self.directory.glob("model-*.safetensors"))
+
+    @cached_property
+    def tensors(self) -> Dict[str, dict]:
+        """{name: {"dtype": "F32", "BF16", ..., "shape": [...]}} of its safetensors files; {} of other files."""
+        tensors = {}
+        for file in self.safetensors_files:
+            tensors.update(read_header(file) or {})
+        tensors.pop("__metadata__", None)
+        return tensors
+
+    @property
+    def bytes_of_weights(self) -> int:
+        """The size of the weight files; 0 of a hub id."""
+        files = self.safetensors_files or self.directory.glob("pytorch_model*.bin")
+        return sum(file.stat().st_size for file in files)
+
+
+# ------------------------------------------------------------------------------------------------ is all of it there?
 
 
 def require_model(model_dir: str, hint: str = "", template: Optional[Callable] = None) -> None:
-    """UserError, ending in `hint`, unless `model_dir` is a directory with all its weights, or a hub id.
+    """UserError, which ends with `hint`, unless `model_dir` is a directory with all its weights, or a hub id.
 
-    Of an adapter's directory its own weights and those of its base are checked. With `template` the model must have
-    been trained on prompts of that template, or not say anything about it: else it is asked in a format that it never
-    saw, and answers all the same.
+    Of an adapter, its own weights and those of its base model are checked. With `template`, the model must have been
+    trained with that prompt template, or not say anything about it.
     """
+    source = ModelSource(model_dir)
     require_directory(model_dir, hint)
-    base = base_of(model_dir)
-    if base != model_dir:
-        _check_file(Path(model_dir) / ADAPTER, set(), "train the adapter again")
+    if source.is_adapter:
+        _check_file(source.directory / ADAPTER, set(), "train the adapter again")
         hint = (
-            f"it is the base of the adapter {model_dir}. Download it again, or write where it is into "
+            f"it is the base model of the adapter {model_dir}. Download it again, or write where it is into "
             f"base_model_name_or_path of {model_dir}/adapter_config.json"
         )
-        require_directory(base, hint)
-    if Path(base).is_dir():
-        check_weights(base, hint=hint or "download the model again")
-    if template:
-        _require_template(model_dir, template.__name__)
+        require_directory(source.base, hint)
+    if Path(source.base).is_dir():
+        check_weights(source.base, hint or "download the model again")
+    if template and source.template not in (None, template.__name__):
+        raise UserError(
+            f"{model_dir} was trained with the prompt template {source.template}, and this script uses "
+            f"{template.__name__}. Use the inference script of its tutorial."
+        )
 
 
 def require_adapter(adapter_dir: str) -> None:
-    """UserError unless `adapter_dir` is an adapter's directory, and its base is there."""
+    """UserError unless `adapter_dir` is an adapter's directory, and its base model is there."""
     require_model(adapter_dir)
-    if base_of(adapter_dir) == adapter_dir:
-        raise UserError(f"{adapter_dir} is a whole model: give the directory of an adapter, which --use-lora saves")
+    if not ModelSource(adapter_dir).is_adapter:
+        raise UserError(f"{adapter_dir} is not an adapter: give the directory of one, which --use-lora saves")
 
 
 def require_directory(model_dir: str, hint: str = "") -> None:
     """UserError unless `model_dir` is a directory, or looks like a hub id (`owner/name`) and no such path exists."""
     path = Path(model_dir)
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model_dir) and not path.parent.is_dir()
-    if not path.is_dir() and (path.exists() or not hub_id):
-        what = "is a file, not a directory" if path.exists() else "does not exist"
-        raise UserError(f"the model directory {model_dir} {what}: {hint or 'give it with --model-name-or-path'}")
-
-
-def base_of(model_dir: str) -> str:
-    """The model on which `model_dir`, an adapter's directory, was trained, by its adapter_config.json; of a whole model
-    itself. UserError where that file is damaged."""
-    config = Path(model_dir) / "adapter_config.json"
-    if not config.is_file():
-        return model_dir
-    try:
-        base = json.loads(config.read_text("utf-8"))["base_model_name_or_path"]
-    except (ValueError, TypeError, KeyError):
-        base = None
-    if not (base and isinstance(base, str)):
-        raise UserError(f"{config} is damaged: train the adapter again, or save it as UTF-8 without a byte order mark")
-    return base
-
-
-def adapter_facts(adapter_dir: str) -> dict:
-    """What model.adapters wrote beside an adapter's weights, str -> str; of another tool's less, of none {}."""
-    return header_of(Path(adapter_dir) / ADAPTER, {}).get("__metadata__", {})
-
-
-def run_of(model_dir: str) -> dict:
-    """run.json of the training whose result `model_dir` is; {} where there is none, or another tool's."""
-    try:
-        run = json.loads((Path(model_dir) / RUN).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    known = isinstance(run, dict) and all(isinstance(run.get(part), dict) for part in ("options", "dataset"))
-    return run if known else {}
-
-
-def template_of(model_dir: str) -> Optional[str]:
-    """The name of the template on whose prompts the model was trained, None where nothing tells."""
-    return adapter_facts(model_dir).get("template") or run_of(model_dir).get("dataset", {}).get("template")
-
-
-def raw_config(model_dir: str) -> dict:
-    """config.json of a model's directory as it is written; {} of a hub id. UserError where it is damaged."""
-    path = Path(model_dir) / "config.json"
-    try:
-        return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is damaged: delete it and download the model again") from None
-
-
-def positions_and_embeddings(model_dir: str) -> Tuple[Optional[int], Optional[int]]:
-    """Tokens that the model can see at once, and tokens that it knows; None where its config does not say.
-
-    UserError for an encoder-decoder model.
-    """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base_of(model_dir), trust_remote_code=False)
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"{model_dir} is an encoder-decoder model ({config.model_type}), which is trained in another way. Take a "
-            "causal language model (Llama, Mistral, GPT)."
-        )
-    of_text = getattr(config, "text_config", config)  # of a model that reads pictures too
-    return getattr(of_text, "max_position_embeddings", None), getattr(of_text, "vocab_size", None)
-
-
-def safetensors_files(model_dir: str) -> List[Path]:
-    """The safetensors files that transformers reads of a directory: the whole one before the shards beside it."""
-    whole = Path(model_dir) / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(Path(model_dir).glob("model-*.safetensors"))
-
-
-def stored_tensors(model_dir: str) -> Dict[str, dict]:
-    """{name: {"dtype": "F32", "BF16", ..., "shape": [...]}} of a directory's safetensors files; of others {}."""
-    tensors = {name: entry for file in safetensors_files(model_dir) for name, entry in header_of(file, {}).items()}
-    tensors.pop("__metadata__", None)
-    return tensors
-
-
-def bytes_of_weights(model_dir: str) -> int:
-    """Bytes of the weights as they are stored; 0 of a hub id."""
-    files = safetensors_files(model_dir) or Path(model_dir).glob("pytorch_model*.bin")
-    return sum(file.stat().st_size for file in files)
+    hint = hint or "give it with --model-name-or-path"
+    if path.exists() and not path.is_dir():
+        raise UserError(f"The model directory {model_dir} is a file, not a directory: {hint}")
+    if not path.exists() and (path.parent.is_dir() or not is_hub_id(model_dir)):
+        raise UserError(f"The model directory {model_dir} does not exist: {hint}")
 
 
 def check_weights(model_dir: str, hint: str = "run the download command again") -> None:
-    """Check that the weights in the directory `model_dir` are all there, by the headers of their files alone.
-
-    hint: the reader's next step, the end of the message. Raises UserError with the name of the first file amiss.
-    """
+    """UserError, which ends with `hint`, unless all weights are there, by the headers of their files alone."""
     directory = Path(model_dir).expanduser()
     if not (directory / "config.json").is_file():
         raise UserError(f"{model_dir} is not a model directory, it has no config.json: {hint}")
     for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks for them
-        index = directory / (name + ".index.json")
+        index = directory / f"{name}.index.json"
         if (directory / name).is_file():
             return _check_file(directory / name, set(), hint)
         if index.is_file():
-            shards: dict = {}  # file name -> names of its tensors
-            try:
-                for tensor, shard in json.loads(index.read_bytes())["weight_map"].items():
-                    shards.setdefault(str(shard), set()).add(tensor)
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise UserError(f"{index} is damaged: delete it and {hint}") from None
-            for shard, tensors in sorted(shards.items()):
-                _check_file(directory / shard, tensors, hint)
-            return None
+            return _check_shards(index, hint)
     raise UserError(f"{model_dir} has no weights (model.safetensors or pytorch_model.bin, or their index): {hint}")
 
 
-def _require_template(model_dir: str, asked: str) -> None:
-    learned, folder = template_of(model_dir), Path(sys.argv[0]).parent
-    if learned and learned != asked:
-        scripts = sorted(folder.glob("inference_*.py"))
-        right = [path for path in scripts if re.search(rf"template={learned}\b", path.read_text("utf-8"))]
-        names = " or ".join(path.as_posix() for path in right) or "the script of its tutorial"
-        raise UserError(
-            f"{model_dir} was trained on prompts of the template {learned}, and this script asks in that of {asked}. "
-            f"Ask it with {names}."
-        )
+def _check_shards(index: Path, hint: str) -> None:
+    tensors: Dict[str, set] = {}  # file name -> names of its tensors
+    try:
+        for name, file in json.loads(index.read_bytes())["weight_map"].items():
+            tensors.setdefault(str(file), set()).add(name)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise UserError(f"{index} is damaged: delete it and {hint}") from None
+    for file in sorted(tensors):
+        _check_file(index.parent / file, tensors[file], hint)
 
 
 def _check_file(path: Path, tensors: set, hint: str) -> None:
-    """Check one file of weights. tensors: names that must be in it (only a safetensors file tells them unloaded)."""
+    """Check a weight file. tensors: names that must be in it (of a .bin file they are not known without loading it)."""
     if not path.is_file():
         raise UserError(f"{path} is missing: {hint}")
-    damaged = UserError(f"{path} is cut short or damaged: delete it and {hint}")
-    if path.suffix != ".safetensors":
-        # torch >= 1.6 writes a zip file, its table of contents last; before, a pickle
-        with path.open("rb") as file:
-            start = file.read(2)
-        if not (zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"):
-            raise damaged
-        return
-    header = header_of(path)
-    if header is None:
-        raise damaged
-    names = set(header) - {"__metadata__"}
-    if tensors - names:
-        raise UserError(f"{path} lacks the tensor {min(tensors - names)}: delete it and {hint}")
+    header = read_header(path) if path.suffix == ".safetensors" else dict.fromkeys(tensors)
+    if header is None or (path.suffix != ".safetensors" and not _is_torch_file(path)):
+        raise UserError(f"{path} is truncated or damaged: delete it and {hint}")
+    missing = tensors - set(header)
+    if missing:
+        raise UserError(f"{path} lacks the tensor {min(missing)}: delete it and {hint}")
 
 
-def header_of(path: Path, otherwise=None):
-    """The header of a safetensors file, {tensor: {"dtype", "shape", "data_offsets"}}; `otherwise` of a damaged one."""
+def _is_torch_file(path: Path) -> bool:
+    """torch >= 1.6 writes a zip file, whose table of contents comes last; older versions wrote a pickle."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    return zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"
+
+
+def read_header(path: Path) -> Optional[dict]:
+    """The header of a safetensors file, {tensor: {"dtype", "shape", "data_offsets"}}; None of a damaged file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            # 8 bytes, little endian: the header's length; the header, JSON; the tensors
+            # 8 bytes, little endian: the header's length. Then the header, as JSON, and the tensors.
             length = int.from_bytes(file.read(8), "little")
             if 8 + length > size or length > 100_000_000:  # the format's own limit
-                return otherwise
+                return None
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        return header if size == 8 + length + max(ends, default=0) else otherwise
+        return header if size == 8 + length + max(ends, default=0) else None
     except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return otherwise
+        return None
 
 
-RECORD = Path(".cache", "huggingface", "origin.json")  # where the hub's library keeps what it knows of a directory
-
-
-def write_origin(model_dir: str, name: str, revision: str) -> None:
-    """Write down that the model in `model_dir` is `name` of the hub, in this revision."""
-    record = {"name": name, "revision": revision, "weights": weights_fingerprint(model_dir)}
-    with atomic_write(Path(model_dir) / RECORD) as new:
-        new.write_text(json.dumps(record), encoding="utf-8")
-
-
-def read_origin(model_dir: str) -> dict:
-    """{"name": its id on the hub, "revision"} of a model's directory; of a hub id itself its name; {}: not known, as of
-    weights that are others now, a stand-in's or a trained model's."""
-    path = Path(model_dir)
-    with suppress(OSError, ValueError, TypeError, AttributeError):
-        record = json.loads((path / RECORD).read_bytes())
-        if record.pop("weights", None) == weights_fingerprint(model_dir):
-            return {key: str(value) for key, value in record.items()}
-    return {"name": model_dir} if is_hub_id(model_dir) and not path.exists() else {}
+# ------------------------------------------------------------------------------------------------ where it comes from
 
 
 def is_hub_id(name: str) -> bool:
@@ -238,15 +219,59 @@ def is_hub_id(name: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
 
 
+def write_origin(model_dir: str, name: str, revision: str) -> None:
+    """Record that the model in `model_dir` is `name` on the hub, in this revision."""
+    record = {"name": name, "revision": revision, "weights": weights_fingerprint(model_dir)}
+    with atomic_write(Path(model_dir) / ORIGIN) as new:
+        new.write_text(json.dumps(record), encoding="utf-8")
+
+
+def read_origin(model_dir: str) -> dict:
+    """{"name": its id on the hub, "revision"} of a model's directory, {"name"} of a hub id; {} where it is not known.
+
+    Where the weights have changed since the download, the model is another one, and its origin is not known.
+    """
+    path = Path(model_dir)
+    if not path.exists():
+        return {"name": model_dir} if is_hub_id(model_dir) else {}
+    try:
+        record = json.loads((path / ORIGIN).read_bytes())
+        is_same = record["weights"] == weights_fingerprint(model_dir)
+        return {"name": str(record["name"]), "revision": str(record["revision"])} if is_same else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
 def base_models(model_dir: str, merged: Optional[str] = None) -> dict:
-    """For run.json: the base, and the adapter that was trained further or `merged` into it, as they were given."""
-    base = base_of(merged or model_dir)
-    adapter = merged or (model_dir if base != model_dir else None)
-    return {"base": base, **({"adapter": adapter} if adapter else {}), **({"merged": True} if merged else {})}
+    """For run.json: {"base"}, with "adapter" where one was trained further, and "merged" where it was merged."""
+    source = ModelSource(merged or model_dir)
+    models: dict = {"base": source.base}
+    if source.is_adapter:
+        models["adapter"] = source.path
+    if merged:
+        models["merged"] = True
+    return models
+
+
+def positions_and_embeddings(model_dir: str) -> Tuple[Optional[int], Optional[int]]:
+    """The maximum number of tokens in a sequence, and the size of the vocabulary; None where the config has none.
+
+    UserError for an encoder-decoder model.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(ModelSource(model_dir).base, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"{model_dir} is an encoder-decoder model ({config.model_type}), which is trained in another way. Use a "
+            "causal language model (Llama, Mistral, GPT)."
+        )
+    text_config = getattr(config, "text_config", config)  # of a model that also reads images
+    return getattr(text_config, "max_position_embeddings", None), getattr(text_config, "vocab_size", None)
 
 
 def explain_load_error(error: Exception) -> str:
-    """Why a model's files could not be loaded, and what helps, for the reader; "" where nothing tells."""
+    """Why a model's files could not be loaded, and what to do; "" where the error is not a known one."""
     text = " ".join(str(error).split())
     short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -254,11 +279,11 @@ def explain_load_error(error: Exception) -> str:
     if isinstance(error, ImportError):
         return f"{short} Install that package."
     if "trust_remote_code" in text or "custom code" in text:
-        return "it needs code of its own, which is never run here. Take a model that transformers knows."
+        return "it requires trust_remote_code, which these scripts never allow. Use a model that transformers supports."
     if "Unrecognized configuration class" in text:
-        return "it is no causal language model. Take one (Llama, Mistral, GPT)."
+        return "it is not a causal language model. Use one (Llama, Mistral, GPT)."
     if "not recognize this architecture" in text or "quantization" in text:
-        return f"the transformers that is installed can't ({short}). A newer one may: pip install -U transformers"
+        return f"the installed transformers does not support it ({short}). Try a newer one: pip install -U transformers"
     if "mismatch" in text:
         return f"config.json and weights are of different models ({short}). Download both again."
     return ""
