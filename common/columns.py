@@ -15,9 +15,11 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Callable, Dict
 
-from common.conversation import COLUMNS, Conversation, chat
+from common.chat_template import Conversation
 from common.support.exit import UserError
 from common.text import cell, listed, not_text, text_of
+from dataset.templates import MESSAGE_COLUMNS as COLUMNS
+from dataset.templates import chat
 
 
 def place_of(row: dict) -> str:

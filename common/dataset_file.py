@@ -153,12 +153,12 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     if args.columns:
         require_asked(template, row, args.columns)
     if gives_conversations(template, first):
-        from common.chat import chat_of
+        from common.chat_template import get_chat_template
 
-        chat = chat_of(tokenizer)
+        chat = get_chat_template(tokenizer)
     encoder = Encoder(template, tokenizer, args.block_size, args.columns, chat)
     # asked for now, and not when a model is saved that was trained for hours
-    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {"chat_template": _form(template, first, tokenizer)}
+    of_chat = {"end_of_turn": chat.end_of_turn()} if chat else {"chat_template": _form(template, tokenizer)}
     if args.show:
         show_rows(splits["train"], args.show, encoder)
     meta = {
@@ -198,15 +198,17 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template, to
     print(f"Dataset saved as {args.save_path}")
 
 
-def _form(template, row: dict, tokenizer) -> str:
+def _form(template, tokenizer) -> str:
     """The chat template that the trained model is to have, "" where its form can't be one."""
-    from common.chat_of_blocks import chat_of_blocks
+    from dataset.templates import jinja_template
 
-    try:
-        return chat_of_blocks(template, row, tokenizer)
-    except UserError as error:
-        print(f"The model will have no chat template: {error}. Your inference script asks it, chat clients can't.")
-        return ""
+    made = jinja_template(template, tokenizer)
+    if not made:
+        print(
+            f"No chat template will be saved with the model: the template {template.__name__} has no Jinja form. Your "
+            "inference script is not affected."
+        )
+    return made
 
 
 def _told(counts: Counter) -> str:

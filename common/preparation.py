@@ -16,9 +16,12 @@ from itertools import chain, groupby, islice
 from operator import attrgetter, length_hint
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
-from common.columns import renamed
+from common.chat_template import encode_conversation
+from common.columns import applied, place_of, renamed
+from common.support.exit import UserError
 from common.tokenization import encode_rows
 from common.train_log import with_progress
+from dataset.messages import read_messages, read_tools
 
 ROWS_AT_ONCE = 250  # memory stays bounded, and a process that is to stop is never busy for long
 ROWS_FOR_ONE = 1000  # up to so many are not worth further processes
@@ -47,8 +50,6 @@ class Encoder(NamedTuple):
         """(token ids, of each a byte: 1 where it carries a loss) of rows under the data's own names; and counts."""
         rows = [renamed(row, self.columns) for row in rows]
         if self.chat:
-            from common.chat_rows import encode_conversations
-
             return encode_conversations(rows, self.template, self.chat, self.block_size)
         encoded, counts = encode_rows(rows, self.template, self.tokenizer, self.block_size)
         return [(ids, bytes(start) + b"\1" * (len(ids) - start)) for ids, start in encoded], counts
@@ -61,6 +62,26 @@ class Encoder(NamedTuple):
             mask += with_loss
             lengths.append(len(row))
         return Chunk(len(rows), bytes(ids), bytes(mask), lengths.tobytes(), counts)
+
+
+def encode_conversations(rows: List[dict], template, chat, block_size: int):
+    """((token ids, mask) of each conversation that has an answer, or of each answer; counts)."""
+    counts, encoded = Counter(rows=0, conversations=0, dropped=0), []
+    for row in rows:
+        conversation = applied(template, row)
+        try:
+            messages, tools = read_messages(conversation), read_tools(conversation)
+            made = encode_conversation(chat, messages, tools, block_size)
+        except UserError as error:
+            raise UserError(f"{place_of(row)}: {error}") from None
+        counts["conversations" if made else "dropped"] += 1
+        for one in made:
+            counts["rows"] += 1
+            counts["tokens"] += len(one.ids)
+            counts["prompts cut"] += one.prompt_truncated
+            counts["answers cut"] += one.answer_truncated
+            encoded.append((one.ids, one.mask))
+    return encoded, counts
 
 
 def encoded_chunks(name: str, rows: Iterable[dict], encoder: Encoder) -> Iterator[Chunk]:

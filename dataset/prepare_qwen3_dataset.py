@@ -12,12 +12,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
 
-from common.conversation import chat
 from common.dataset_file import prepare_dataset
 from common.support.cli import prepare_arguments
 from common.support.exit import run
 from common.tokenization import load_tokenizer
 from dataset.sources import load_splits
+from dataset.templates import chat
 
 
 def main():

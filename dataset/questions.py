@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Callable, Dict, List, NamedTuple, Optional
 
 from common.answers import ADDED, Answers
-from common.chat_rows import encode_question
+from common.chat_template import SYSTEM_ROLES as SYSTEM
+from common.chat_template import Conversation, encode_question, has_content
 from common.columns import applied, place_of
-from common.conversation import COLUMNS, SYSTEM, Conversation, chat, messages_of, says_something, tools_of
 from common.support.exit import UserError
 from common.support.model_dir import positions_and_embeddings
 from common.text import cell, listed
 from common.tokenization import encode_prompt, max_prompt_tokens
 from dataset.files import FileRows, Row
 from dataset.json_files import json_lines
+from dataset.messages import read_messages, read_tools
+from dataset.templates import MESSAGE_COLUMNS as COLUMNS
+from dataset.templates import chat
 
 AS_WRITTEN = json.JSONDecoder(parse_constant=lambda _: None)  # of fields that are handed on: numbers stay numbers
 
@@ -109,15 +112,15 @@ def _conversation(row: dict, question: dict, template: Callable) -> Conversation
         conversation = applied(template, Row({**row, "output": ""}, place_of(row)))
     system = row.get("system") or question.get("system")
     try:
-        messages = messages_of(conversation)[: -1 if name == "instruction" else None]
+        messages = read_messages(conversation)[: -1 if name == "instruction" else None]
         if system and not (messages and messages[0]["role"] in SYSTEM):
-            messages = messages_of(Conversation([{"role": "system", "content": system}])) + messages
-        tools = tools_of(conversation)
+            messages = read_messages(Conversation([{"role": "system", "content": system}])) + messages
+        tools = read_tools(conversation)
     except UserError as error:
         raise UserError(f"{place_of(row)}: {error}") from None
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise UserError(f"{place_of(row)} asks nothing: its last message is not the user's. End it with the question.")
-    if not says_something(messages[-1]):
+    if not has_content(messages[-1]):
         raise UserError(f"{place_of(row)} asks nothing: its last message is empty. Mend it.")
     return Conversation(messages, tools)
 

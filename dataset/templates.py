@@ -1,19 +1,36 @@
-"""The one place where a row of each dataset becomes a prompt and an answer.
+"""The one place where a row of a dataset becomes a prompt and an answer.
 
 `prepare_*` and `inference_*` call the same function, so the model is asked in exactly the format in which it learned.
 A template takes a row (a dict of strings) and returns an `Example`: the prompt in pieces and the answer. The pieces at
-odd places (the second, the fourth) are the row's own text, which is cut where a row is too long; the others are the
-frame, which always stays. A question is a row whose answer is empty. Alpaca's blocks may be of a row without `input`.
+odd places (the second, the fourth) are the row's own text, which is truncated if a row is too long; the others are the
+frame, which always stays. A question is a row whose answer is empty. A row of Alpaca's blocks may have no `input`.
+
+Chat clients and servers do not call these functions: they use the chat template that is saved with the model's
+tokenizer, a program in Jinja (https://huggingface.co/docs/transformers/chat_templating). So each template has its
+format in Jinja next to it, as the text before and after a question. Copy both for a template of your own.
 """
 
 from __future__ import annotations
 
+import json
+from typing import Callable
+
+from common.chat_template import Conversation
 from common.tokenization import Example
+from dataset.columns import to_text
+
+MESSAGE_COLUMNS = ("messages", "conversations")  # the usual name, and ShareGPT's
 
 
 def summarization(row: dict) -> Example:
     """abisee/cnn_dailymail: a news article -> its highlights."""
     return Example(["[SUMMARIZE] ", row["article"], " [/SUMMARIZE]\n"], row["highlights"])
+
+
+summarization.jinja = r"""
+{%- set before = "[SUMMARIZE] " %}
+{%- set after = " [/SUMMARIZE]\n" %}
+"""
 
 
 def alpaca(row: dict) -> Example:
@@ -24,9 +41,21 @@ def alpaca(row: dict) -> Example:
     )
 
 
+alpaca.jinja = r"""
+{%- set before = "### Instruction:\n" %}
+{%- set after = "\n\n### Input:\n\n\n### Output:\n" %}
+"""
+
+
 def instruction(row: dict) -> Example:
     """mlabonne/Evol-Instruct-Python-26k: an instruction -> text and code."""
     return Example(["[INST] ", row["instruction"], " [/INST]\n"], row["output"])
+
+
+instruction.jinja = r"""
+{%- set before = "[INST] " %}
+{%- set after = " [/INST]\n" %}
+"""
 
 
 def korean_alpaca(row: dict) -> Example:
@@ -35,3 +64,58 @@ def korean_alpaca(row: dict) -> Example:
         ["### instruction:\n", row["instruction"], "\n\n### input:\n", row.get("input", ""), "\n\n### output:\n"],
         row["output"],
     )
+
+
+korean_alpaca.jinja = r"""
+{%- set before = "### instruction:\n" %}
+{%- set after = "\n\n### input:\n\n\n### output:\n" %}
+"""
+
+
+def chat(row: dict) -> Conversation:
+    """`messages`, ShareGPT's `conversations`, or instruction, input and output as a question and its answer."""
+    for name in MESSAGE_COLUMNS:
+        if name in row:
+            return Conversation(row[name], row.get("tools"))
+    if "instruction" not in row:
+        return Conversation(row["messages"])  # KeyError, which names the column that is missing
+    texts = [to_text(row["instruction"]), to_text(row.get("input", ""))]
+    question = "\n\n".join(text for text in texts if text.strip())
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}])
+
+
+# Each turn is a row of the training, from bos to the end token, because the model has seen no other format. A system
+# text is put before the next question.
+TURNS = r"""
+{%- set system = namespace(text="") %}
+{%- for message in messages %}
+    {%- if message["role"] in ["system", "developer"] %}
+        {%- set system.text = system.text + message["content"] + "\n\n" %}
+    {%- elif message["role"] == "user" %}
+        {{- bos + space + before + system.text + message["content"] }}
+        {%- set system.text = "" %}
+    {%- elif message["role"] == "assistant" %}
+        {{- after + message["content"] + eos_token }}
+    {%- else %}
+        {{- raise_exception("This model was trained on questions and answers, not on messages of " + message["role"]) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- after }}
+{%- endif %}
+"""
+
+
+def jinja_template(template: Callable, tokenizer) -> str:
+    """The chat template in the format of `template`, "" if it has none: with it, a question has the same token ids as
+    its prompt in training."""
+    if not hasattr(template, "jinja"):
+        return ""
+    ids, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    before = ids[: ids.index(plain[0])]
+    bos = "".join(tokenizer.convert_ids_to_tokens(before))
+    # SentencePiece puts a space before a text, but most of its tokenizers put none after a special token.
+    joined = tokenizer(bos + "a", add_special_tokens=False)["input_ids"]
+    space = "" if joined == before + plain else " "
+    filled = {"bos": json.dumps(bos, ensure_ascii=False), "space": json.dumps(space)}
+    return "\n".join(f"{{%- set {name} = {value} %}}" for name, value in filled.items()) + template.jinja + TURNS[1:]

@@ -14,11 +14,10 @@ import pytest
 import torch
 
 import common.train_log
-from common.conversation import chat
 from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
-from dataset.templates import alpaca
+from dataset.templates import alpaca, chat
 from model.generation import answer_rows, stream_answer
 from model.loading import load_model
 from tests.conftest import ROOT, lay_out, start

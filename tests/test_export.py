@@ -6,15 +6,15 @@ import re
 
 import pytest
 
-from common.chat_of_blocks import QUESTIONS, chat_of_blocks
 from common.tokenization import encode_prompt
-from dataset.templates import alpaca, korean_alpaca
+from dataset.templates import alpaca, jinja_template, korean_alpaca
 from tests import export_check
 from tests.conftest import ROOT
 from tests.export_check import Answer, compared, questions_of
 from tests.helpers import KINDS
 from tests.page_runner import read
 from tests.test_chat import talk
+from tests.test_templates import QUESTIONS, asked, rendered
 
 # ------------------------------------------------------------------------------------------------ answers
 
@@ -131,19 +131,14 @@ BLOCKS = [("Modelfile", "smollm2", alpaca), ("Modelfile.korean", "llama3_1", kor
 @pytest.mark.parametrize(("name", "kind", "template"), BLOCKS, ids=lambda value: getattr(value, "__name__", value))
 def test_a_modelfile_asks_in_the_form_that_was_learned(name, kind, template, tokenizers):
     tokenizer, form = tokenizers.get(kind) or pytest.skip("no such stand-in"), modelfile(name)["TEMPLATE"]
-    row = {"instruction": "do", "input": "", "output": "done"}
     begin = tokenizer.bos_token if kind == "llama3_1" else ""  # which llama.cpp adds where the file says so
     for question in QUESTIONS:
-        ids = encode_prompt(tokenizer, template({**row, "instruction": question, "output": ""}), 10**6)
+        ids = encode_prompt(tokenizer, asked(template, question), 10**6)
         text = begin + by_ollama(form, talk(question))
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids, question
-    tokenizer.chat_template, before = chat_of_blocks(template, row, tokenizer), tokenizer.chat_template
-    try:
-        for messages in (talk("물음", "답", "그리고?", "끝", "왜?"), talk("a", "b", "c", system="짧게.")):
-            theirs = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            assert begin + by_ollama(form, messages) == theirs
-    finally:
-        tokenizer.chat_template = before
+    jinja = jinja_template(template, tokenizer)
+    for messages in (talk("물음", "답", "그리고?", "끝", "왜?"), talk("a", "b", "c", system="짧게.")):
+        assert begin + by_ollama(form, messages) == rendered(jinja, tokenizer, messages)
 
 
 @pytest.mark.skipif("qwen3" not in KINDS, reason="this transformers has no Qwen3")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.conversation import chat
 from common.support.cli import inference_arguments
 from common.support.exit import UserError, run
 from common.support.model_dir import require_model
 from common.text import text_of
 from common.tokenization import load_tokenizer
 from dataset.questions import load_questions
+from dataset.templates import chat
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
 TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --model-name-or-path."
@@ -34,15 +34,14 @@ def main():
     questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
-    from common.chat import chat_of
-    from common.chat_rows import encode_question
+    from common.chat_template import encode_question, get_chat_template
     from common.device import start_device
     from model.generation import answer_rows, prompt_room, stream_answer
     from model.loading import load_model
 
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
-    template = chat_of(tokenizer)  # the tokenizer's own, as in the training
+    template = get_chat_template(tokenizer)  # the tokenizer's own, as in the training
     ends = [template.end_of_turn(), tokenizer.eos_token_id]
     prompts = questions.encode(tokenizer, args, template)
     model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)

@@ -9,6 +9,7 @@ import logging
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from common.support.exit import UserError, requirements_file_for
 
@@ -33,3 +34,10 @@ def require_package(package: str, least: tuple, what: str) -> None:
         raise UserError(
             f"{what} needs {package} {number} or newer, and {problem}: pip install -r {requirements_file_for(package)}"
         )
+
+
+def load_chat_template_file(tokenizer) -> None:
+    """Give the tokenizer the chat template in a file of its own, which transformers before 4.50 does not read."""
+    file = Path(tokenizer.name_or_path) / "chat_template.jinja"
+    if not tokenizer.chat_template and file.is_file():
+        tokenizer.chat_template = file.read_text(encoding="utf-8")

@@ -1,0 +1,66 @@
+"""The messages of a row: OpenAI's role and content, or ShareGPT's from and value, checked and in one form."""
+
+from __future__ import annotations
+
+from typing import List, Optional
+
+from common.chat_template import SYSTEM_ROLES, Conversation
+from common.support.exit import UserError
+from dataset.columns import clean_cell, join_names, to_text
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool")
+
+
+def read_messages(conversation: Conversation) -> List[dict]:
+    """The messages, each {"role": one of ROLES, "content": text, ...}.
+
+    UserError, without the row's place, for a message that is not valid: a mistyped role must not silently remove its
+    text from the training data.
+    """
+    messages = clean_cell(conversation.messages) or []
+    if isinstance(messages, dict) and messages and all(isinstance(column, list) for column in messages.values()):
+        # the library datasets stores a Sequence of objects as an object of lists
+        messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
+    if not isinstance(messages, list):
+        raise UserError(f"its messages are {_kind(messages)}, not a list. Save the data as JSON lines.")
+    return [_read_message(f"message {number}", message) for number, message in enumerate(messages, 1)]
+
+
+def read_tools(conversation: Conversation) -> Optional[list]:
+    """The row's tools, None if it has none. UserError, without the row's place, if they are not a list."""
+    tools = clean_cell(conversation.tools) or None
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"its tools are {_kind(tools)}, not a list of JSON schemas. Save the data as JSON lines.")
+    return tools
+
+
+def _read_message(name: str, message) -> dict:
+    if not isinstance(message, dict):
+        raise UserError(f"{name} is {_kind(message)}, not an object with role and content. Fix it.")
+    role_key, content_key = "role", "content"
+    if "from" in message and "role" not in message:
+        role_key, content_key = "from", "value"
+    calls_tool = bool(message.get("tool_calls"))  # such a message needs no content
+    if role_key not in message or (content_key not in message and not calls_tool):
+        missing = content_key if role_key in message else role_key
+        raise UserError(f"{name} has no {missing!r}, it has: {join_names(message)}. Rename its key.")
+    role, content = message[role_key], message.get(content_key)
+    if isinstance(role, str):
+        role = SHAREGPT_ROLES.get(role, role)
+    if role not in ROLES:
+        known = f"{', '.join(ROLES)}, and ShareGPT's {' and '.join(SHAREGPT_ROLES)}"
+        raise UserError(f"{name} has the role {str(role)[:40]!r}. Rename it to one of: {known}; or leave it out.")
+    try:
+        text = to_text(content)
+    except TypeError:
+        kind = "a list of parts" if isinstance(content, list) else _kind(content)
+        raise UserError(f"the {content_key} of {name} is {kind}. Make it one string: only text is supported.") from None
+    # Tables give every message every key, None where it has none; templates only ask whether a key is there.
+    others = {key: value for key, value in message.items() if value is not None and key not in (role_key, content_key)}
+    return {"role": role, "content": text, **others}
+
+
+def _kind(value) -> str:
+    kinds = {str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
