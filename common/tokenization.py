@@ -32,10 +32,10 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An example as token ids. `mask` has a byte for each id, 1 where the loss is computed: the answer and its end."""
+    """An example, or a conversation, as a row of the dataset file."""
 
     ids: List[int]
-    mask: bytes
+    mask: bytes  # for each id 1 if it is in the loss (an answer, or the token that ends it), else 0
     prompt_truncated: bool
     answer_truncated: bool
 
@@ -109,8 +109,7 @@ def encode_examples(tokenizer, examples: Sequence[Example], block_size: int) -> 
 
     `bos` is added to the prompt as the tokenizer does it, and the end token as an id, because its text may be ordinary
     text for another tokenizer. Prompt and answer are tokenized apart: so no token spans both, and a prompt has the
-    same ids when the model is asked. Raises UserError where the prompt's frame leaves no room for an answer, and where
-    the answer has no tokens.
+    same ids when the model is asked. Raises UserError if the prompt's frame leaves no room for an answer.
     """
     answers = [encoding.ids for encoding in _encode(tokenizer, [example.answer for example in examples], False)]
     limits = [block_size - len(answer) - 1 for answer in answers]
@@ -123,8 +122,6 @@ def encode_examples(tokenizer, examples: Sequence[Example], block_size: int) -> 
                 f"--block-size {block_size} leaves no room for an answer: the prompt template alone takes "
                 f"{len(prompt)} tokens. Use a larger --block-size."
             )
-        if not answer:
-            raise UserError("its answer is empty after tokenization, so there is nothing to learn. Fix it.")
         ids = prompt + answer[:room] + [tokenizer.eos_token_id]
         mask = bytes(len(prompt)) + b"\1" * (len(ids) - len(prompt))
         encoded.append(Encoded(ids, mask, truncated, len(answer) > room))

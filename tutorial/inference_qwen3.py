@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import inference_arguments
 from common.support.exit import UserError, run
 from common.support.model_dir import require_model
-from common.text import text_of
 from common.tokenization import load_tokenizer
+from dataset.columns import to_text
 from dataset.questions import load_questions
 from dataset.templates import chat
 
@@ -63,7 +63,7 @@ def main():
 
 def typed() -> str:
     try:
-        return text_of(input("\n> ")).strip()
+        return to_text(input("\n> ")).strip()
     except EOFError:  # Ctrl-D
         return ""
     except UnicodeDecodeError:

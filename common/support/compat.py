@@ -41,3 +41,14 @@ def load_chat_template_file(tokenizer) -> None:
     file = Path(tokenizer.name_or_path) / "chat_template.jinja"
     if not tokenizer.chat_template and file.is_file():
         tokenizer.chat_template = file.read_text(encoding="utf-8")
+
+
+def load_mapped(path: str):
+    """What torch.load reads: plain objects alone, and tensors mapped where torch can do it (2.1 and newer), so that
+    only the parts that are used are read."""
+    import torch
+
+    try:
+        return torch.load(path, mmap=True, weights_only=True)
+    except TypeError:
+        return torch.load(path, weights_only=True)

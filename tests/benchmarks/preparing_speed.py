@@ -2,10 +2,10 @@
 
     python tests/benchmarks/preparing_speed.py --model-name-or-path ./smollm2-135m --rows 10000 --rounds 3
 
-The rows are as long as CNN/DailyMail's (58 % of them longer than a block of 1024 tokens). Their text is real: paragraphs
-of the docstrings of the installed packages, in random order (25 MB, 300,000 different words). `map` is the per-row
-map of the earlier documentation with 2 processes, padded to the block as there, `batched` the same in batches, `now` is
-prepare_dataset, and `earlier` that of commit 3ad9fbc, which must be in the clone; it kept the ids of words that it saw.
+The rows are as long as CNN/DailyMail's (58 % of them longer than a block of 1024 tokens). Their text is real:
+paragraphs of the docstrings of the installed packages, in random order (29 MB, 300,000 different words). `map` is the
+per-row map of the earlier documentation with 2 processes, `batched` the same in batches, `now` is prepare_dataset, and
+`earlier` that of commit 3ad9fbc, which must be in the clone: it kept the ids of words that it had seen.
 """
 
 from __future__ import annotations
