@@ -198,10 +198,11 @@ def find_damage(document: dict, largest: int) -> str:
 
 
 def _is_valid_meta(meta, digest) -> bool:
+    if not isinstance(meta, dict) or not all(type(meta.get(name)) is kind for name, kind in META.items()):
+        return False
     try:
-        right_types = all(type(meta[name]) is kind for name, kind in META.items())
-        return right_types and meta["block_size"] >= 2 and digest == digest_of_meta(meta)
-    except (KeyError, TypeError, ValueError):
+        return meta["block_size"] >= 2 and digest == digest_of_meta(meta)
+    except (TypeError, ValueError):  # something that JSON does not have
         return False
 
 

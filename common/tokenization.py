@@ -214,7 +214,7 @@ def _truncate_long_texts(tokenizer, prompts: List[List[str]], limits: List[int])
     for row, (prompt, limit) in enumerate(zip(prompts, limits)):
         last = _last_text(prompt)
         text = prompt[last] if last is not None else ""
-        head = BETWEEN_WORDS.search(text, max(limit, 0) * LETTERS_PER_TOKEN + MARGIN)
+        head = BETWEEN_WORDS.search(text, min(max(limit, 0) * LETTERS_PER_TOKEN + MARGIN, len(text)))
         tail = BETWEEN_WORDS.search(text, max(0, len(text) - 4 * MARGIN))
         if head and tail and head.start() < tail.start() <= len(text) - MARGIN:
             shorter = text[: head.start()] + text[tail.start() :]
