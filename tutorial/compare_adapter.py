@@ -9,11 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
 from common.support.cli import Parser, add_bits, positive_int
 from common.support.exit import run
 from common.support.model_dir import require_adapter
-from common.tokenization import load_tokenizer
 from common.train_log import print_answers
 
 
@@ -29,7 +27,9 @@ def main():
     require_adapter(args.model_name_or_path)
 
     # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
+    from common.tokenization import load_tokenizer
     from model.generation import answer_ids, prompt_room
     from model.loading import load_model
 

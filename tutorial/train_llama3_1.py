@@ -12,12 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.checkpoint import Checkpoints
-from common.dataset_file import load_dataset
 from common.support.cli import train_arguments
 from common.support.exit import run
 from common.support.model_dir import require_model
-from common.tokenization import load_tokenizer
 
 DOWNLOAD = "Run python tutorial/download_llama3_1_8b.py first."
 PREPARE = "Run python dataset/prepare_llama3_1_dataset.py first."
@@ -41,15 +38,18 @@ def main():
         log_interval=1,
         seed=3407,
     )
-    require_model(args.model_name_or_path, hint=DOWNLOAD)
-    checkpoints = Checkpoints(args)  # a run that was cut goes on
-
     # imported below the arguments, so that --help and a mistyped option are answered at once
+    from common.checkpoint import Checkpoints
+    from common.dataset_file import load_dataset
     from common.device import start_device
     from common.optim import make_optimizer
+    from common.tokenization import load_tokenizer
     from common.trainer import train
     from model.fit import plan_training
     from model.loading import load_to_train, save_model
+
+    require_model(args.model_name_or_path, hint=DOWNLOAD)
+    checkpoints = Checkpoints(args)  # a run that was cut goes on
 
     # before the model is built: on MoAI Platform this turns automatic parallelization on
     device = start_device(args.seed, args.deterministic)
