@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 from common.support.cli import Parser, add_bits, positive_int
 from common.support.exit import run
 from common.support.model_dir import require_adapter
-from common.train_log import print_answers
 
 
 def main():
@@ -30,6 +29,7 @@ def main():
     from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
     from common.tokenization import load_tokenizer
+    from common.train_log import print_answers
     from model.generation import answer_ids, prompt_room
     from model.loading import load_model
 

@@ -35,7 +35,6 @@ from common.support.cli import Parser, add_bits, non_negative_int, positive_int
 from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
 from common.support.model_dir import base_of, require_model, run_of
-from common.train_log import print_answers, print_measures
 from dataset.scores import digits, measures_of, score_of
 
 
@@ -77,7 +76,7 @@ def main():
     from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
     from common.tokenization import fingerprint, load_tokenizer
-    from common.train_log import draw_before_and_after
+    from common.train_log import draw_before_and_after, print_answers, print_measures
     from model.generation import perplexity_and_answers
     from model.loading import load_model
 
