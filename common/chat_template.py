@@ -22,6 +22,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from common.support.compat import load_chat_template_file, require_package
 from common.support.exit import UserError, short_message
+from common.tokenization import Encoded
 
 SYSTEM_ROLES = ("system", "developer")  # their messages begin a conversation, and stay when it is truncated
 QUESTION = {"role": "user", "content": "a"}
@@ -35,15 +36,6 @@ class Conversation(NamedTuple):
 
     messages: list  # dicts with "role" and "content", or ShareGPT's "from" and "value"
     tools: Optional[list] = None  # that the assistant may call, as JSON schemas
-
-
-class Encoded(NamedTuple):
-    """A row of the dataset file."""
-
-    ids: List[int]
-    mask: bytearray  # for each id 1 if it is in the loss (an answer, or the token that ends it), else 0
-    prompt_truncated: bool
-    answer_truncated: bool
 
 
 class Rendered(NamedTuple):

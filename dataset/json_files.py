@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple
 
 from common.support.exit import UserError
-from common.text import listed
+from dataset.columns import join_names
 
 
 def json_lines(path: Path, decoder: Optional[json.JSONDecoder] = None) -> Iterator[Tuple[str, object]]:
@@ -77,18 +77,18 @@ def _list_within(path: Path, document, inside: str) -> Sequence:
     of_objects = [name for name in names if any(isinstance(item, dict) for item in lists[name])]
     if inside:
         raise UserError(
-            f"{path} has no list {inside!r} within. Its lists: {listed(names)}. Choose another after the #."
+            f"{path} has no list {inside!r} within. Its lists: {join_names(names)}. Choose another after the #."
         )
     if of_objects or (names and not any(isinstance(value, str) for value in document.values())):
         choice = shlex.quote(" ".join(f"{path}#{[*of_objects, *names][0]}".split()))  # one line, whatever the name is
         raise UserError(
-            f"{path} is one JSON object, not an array of rows. Its lists: {listed(names)}. Choose the one that holds "
-            f"the rows, as in --dataset-name-or-path {choice}"
+            f"{path} is one JSON object, not an array of rows. Its lists: {join_names(names)}. Choose the one that "
+            f"holds the rows, as in --dataset-name-or-path {choice}"
         )
     if document and isinstance(document, dict) and all(isinstance(value, dict) for value in document.values()):
         raise UserError(
-            f"{path} is one JSON object of objects ({listed(document)}), not an array of rows. Save it as an array: in "
-            'pandas, to_json(path, orient="records").'
+            f"{path} is one JSON object of objects ({join_names(document)}), not an array of rows. Save it as an "
+            'array: in pandas, to_json(path, orient="records").'
         )
     return [document]
 

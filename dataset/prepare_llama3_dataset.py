@@ -13,30 +13,29 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
 
-from common.dataset_file import prepare_dataset
 from common.support.cli import prepare_arguments
 from common.support.exit import run
-from common.tokenization import load_tokenizer
-from dataset.sources import load_splits
 from dataset.templates import summarization
+
+DOWNLOAD = "Run python tutorial/download_llama3_8b.py or download_llama3_70b.py first."
 
 
 def main():
+    downloaded = [path for path in ("./llama3-8b", "./llama3-70b") if Path(path).is_dir()]
     args = prepare_arguments(
         __doc__,
-        model_name_or_path=next(
-            (path for path in ("./llama3-8b", "./llama3-70b") if Path(path).is_dir()), "./llama3-8b"
-        ),
+        model_name_or_path=downloaded[0] if downloaded else "./llama3-8b",
         dataset_name_or_path="abisee/cnn_dailymail",
         block_size=1024,
         save_path="./llama3_dataset.pt",
     )
+    # imported here, so that --help and a mistyped option are answered at once
+    from common.tokenization import load_tokenizer
+    from dataset.prepare import prepare_dataset
+    from dataset.sources import load_splits
+
     print("Loading Tokenizer...")
-    tokenizer = load_tokenizer(
-        args.model_name_or_path,
-        args.block_size,
-        hint="Run python tutorial/download_llama3_8b.py or download_llama3_70b.py first.",
-    )
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, summarization, tokenizer, args)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
 
-from common.dataset_file import prepare_dataset
 from common.support.cli import prepare_arguments
 from common.support.exit import run
-from common.tokenization import load_tokenizer
-from dataset.sources import load_splits
 from dataset.templates import alpaca
+
+DOWNLOAD = "Run python tutorial/download_mistral_7b.py first."
 
 
 def main():
@@ -27,10 +26,13 @@ def main():
         block_size=1024,
         save_path="./mistral_dataset.pt",
     )
+    # imported here, so that --help and a mistyped option are answered at once
+    from common.tokenization import load_tokenizer
+    from dataset.prepare import prepare_dataset
+    from dataset.sources import load_splits
+
     print("Loading Tokenizer...")
-    tokenizer = load_tokenizer(
-        args.model_name_or_path, args.block_size, hint="Run python tutorial/download_mistral_7b.py first."
-    )
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, alpaca, tokenizer, args)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and dataset/ are found from any directory
 
-from common.dataset_file import prepare_dataset
 from common.support.cli import prepare_arguments
 from common.support.exit import run
-from common.tokenization import load_tokenizer
-from dataset.sources import load_splits
 from dataset.templates import chat
+
+DOWNLOAD = "Run python tutorial/download_qwen3.py first."
 
 
 def main():
@@ -28,10 +27,13 @@ def main():
         block_size=2048,
         save_path="./qwen3_dataset.pt",
     )
+    # imported here, so that --help and a mistyped option are answered at once
+    from common.tokenization import load_tokenizer
+    from dataset.prepare import prepare_dataset
+    from dataset.sources import load_splits
+
     print("Loading Tokenizer...")
-    tokenizer = load_tokenizer(
-        args.model_name_or_path, args.block_size, hint="Run python tutorial/download_qwen3.py first."
-    )
+    tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
     prepare_dataset(splits, source, chat, tokenizer, args)

@@ -9,7 +9,6 @@ import torch
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from common.answers import Answers
 from common.batches import Batches
 from common.device import explain_out_of_memory
 from common.support.exit import UserError
@@ -80,10 +79,10 @@ def answer_ids(
 
 
 def answer_rows(
-    model, tokenizer, prompts: Dict[int, List[int]], answers: Answers, args, device, ends: Sequence[int] = ()
+    model, tokenizer, prompts: Dict[int, List[int]], answers, args, device, ends: Sequence[int] = ()
 ) -> None:
     """Answer `prompts`, {row: token ids} of a file of prompts, `args.batch_rows` at once, and save the answers of each
-    batch in `answers` as soon as it is done. `ends` as in answer_ids.
+    batch in `answers`, a dataset.questions.AnswersFile, as soon as it is done. `ends` as in answer_ids.
     """
     ends = list(ends) or [tokenizer.eos_token_id]
     batches = _of_like_length(prompts, args.batch_rows)

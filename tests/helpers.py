@@ -7,6 +7,7 @@ import io
 import json
 import re
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,13 +124,23 @@ def sign(document):
     document["sha256"] = digest_of_meta(document["meta"])
 
 
+def encode_rows(rows, template, tokenizer, block_size):
+    """((token ids, index of the first token in the loss) of each row as it will stand in the dataset file; counts)."""
+    from dataset.prepare import RowEncoder, write_rows
+
+    encoded = []
+    writer = SimpleNamespace(add=encoded.append)
+    counts = write_rows("train", rows, RowEncoder(template, tokenizer, block_size, {}), writer)
+    return [(one.ids, one.mask.index(1)) for one in encoded], dict(counts)
+
+
 def split_of(input_ids, offsets, answer_starts):
     """A split of a dataset file, of the begins of the answers within their rows."""
     lengths = offsets.diff()
     place = torch.arange(len(input_ids)) - offsets[:-1].repeat_interleave(lengths)
     mask = place >= answer_starts.long().repeat_interleave(lengths)
     split = {"input_ids": input_ids.int(), "loss_mask": mask, "offsets": offsets.long(), "lengths": lengths.int()}
-    return {**split, "label_counts": label_counts(split)}
+    return {**split, "label_counts": label_counts(mask, offsets.long())}
 
 
 def answer_start(split, row):

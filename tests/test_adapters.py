@@ -18,13 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from common.batches import Batches
 from common.checkpoint import Checkpoints
-from common.dataset_file import load_dataset, prepare_dataset
+from common.dataset_file import load_dataset
 from common.device import start_device
 from common.optim import make_optimizer
 from common.support.exit import UserError
 from common.support.model_dir import ModelSource, require_adapter, require_model
 from common.tokenization import load_tokenizer
 from common.trainer import train
+from dataset.prepare import prepare_dataset
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
 from model.generation import answer_ids

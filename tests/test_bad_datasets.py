@@ -201,7 +201,7 @@ def test_dataset_file_cut_short(kept, ready, refused):
     file = ready / "llama3_dataset.pt"
     data = file.read_bytes()
     file.write_bytes(data[:-1] if kept == -1 else data[: int(len(data) * kept)])
-    refused(TRAIN, tells_of=["llama3_dataset.pt", "cut short", "python dataset/prepare_llama3_dataset.py"])
+    refused(TRAIN, tells_of=["llama3_dataset.pt", "is truncated", "python dataset/prepare_llama3_dataset.py"])
 
 
 @pytest.mark.parametrize("content", [b"some text\n", [1, 2], {"train": 1}, torch.zeros(3), torch.nn.Linear(1, 1)])

@@ -44,7 +44,7 @@ def test_every_prepare_script_takes_conversations(script, ready, warm):
     tokenizer = give_template(ready)
     write(ready / "talks.jsonl", [{"id": n, "messages": messages} for n, messages in enumerate(TALKS)])
     done = warm(f"python dataset/{script} {OWN} --dataset-name-or-path talks.jsonl", cwd=ready)
-    assert "train: 38 rows, " in done.stdout and "0 prompts cut, 0 answers cut, 0 rows without" in done.stdout
+    assert "train: 38 rows, " in done.stdout and "0 prompts and 0 answers truncated, 0 rows without" in done.stdout
     dataset = torch.load(ready / "new.pt")
     assert dataset["meta"]["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|eot_id|>") != tokenizer.eos_token_id
     assert dataset["meta"]["template"] == "chat" and dataset["meta"]["counts"]["train"]["conversations"] == 38
@@ -116,7 +116,7 @@ def test_conversations_are_shown_with_each_answer_in_brackets(ready, warm):
     write(ready / "talks.jsonl", [{"messages": messages} for messages in [*TALKS[:2], talk("a")]])
     said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --show 3", cwd=ready).stdout
     assert "<|end_header_id|>\n\n[답 0<|eot_id|>]<|start_header_id|>user" in said and "\n\n[끝 1<|eot_id|>]\n" in said
-    assert "--- row 3: no answer, it is dropped" in said and "1 rows without an answer dropped" in said
+    assert "--- row 3: dropped (no answer)" in said and "1 row without an answer dropped" in said
 
 
 def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):

@@ -10,22 +10,22 @@ from datetime import date
 import pytest
 import torch
 
-from common.columns import applied, renamed, require_asked
 from common.dataset_file import label_counts
-from common.preparation import Encoder
 from common.support.exit import UserError
-from common.tokenization import Example, encode_rows
+from common.tokenization import Example
+from dataset.columns import apply_template, rename_columns, require_asked
 from dataset.files import FileRows, Row
+from dataset.prepare import RowEncoder
 from dataset.sources import load_splits
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
-from tests.helpers import KINDS, contents, tells
+from tests.helpers import KINDS, contents, encode_rows, tells
 
 ALPACA = "python dataset/prepare_smollm2_dataset.py --model-name-or-path ./llama3-8b --save-path new.pt"
 
 
 def complaint(row, template=alpaca):
     with pytest.raises(UserError) as caught:
-        applied(template, Row(row, "my.jsonl, line 7"))
+        apply_template(template, Row(row, "my.jsonl, line 7"))
     line = str(caught.value)
     assert line.startswith("my.jsonl, line 7") and "\n" not in line
     return line[len("my.jsonl, line 7") :]
@@ -71,11 +71,11 @@ def test_the_proposal_can_be_pasted(ready, warm):
 
 def test_a_column_is_moved_to_its_new_name():
     row = Row({"input": "q", "target": "a", "n": 1}, "here")
-    new = renamed(row, {"instruction": "input", "output": "target"})
+    new = rename_columns(row, {"instruction": "input", "output": "target"})
     assert new == {"instruction": "q", "output": "a", "n": 1} and new.place == "here"
-    assert "".join(applied(alpaca, new).prompt).count("q") == 1  # not as the input as well
-    assert renamed(row, {"input": "target", "target": "input"}) == {"input": "a", "target": "q", "n": 1}
-    assert renamed(row, {"a": "n", "b": "n"}) == {"input": "q", "target": "a", "a": 1, "b": 1}
+    assert "".join(apply_template(alpaca, new).prompt).count("q") == 1  # not as the input as well
+    assert rename_columns(row, {"input": "target", "target": "input"}) == {"input": "a", "target": "q", "n": 1}
+    assert rename_columns(row, {"a": "n", "b": "n"}) == {"input": "q", "target": "a", "a": 1, "b": 1}
     assert row == {"input": "q", "target": "a", "n": 1}
 
 
@@ -141,11 +141,11 @@ def test_a_template_that_writes_cells_into_text_finds_text():
         return Example(["", f"{row['a']}|{row.get('b')}|{row['c']}|%s" % row["d"]], "{}".format(row["e"]))
 
     nan = float("nan")
-    assert applied(template, {"a": None, "b": nan, "c": "한".encode(), "d": float("inf"), "e": 1.5}) == (
+    assert apply_template(template, {"a": None, "b": nan, "c": "한".encode(), "d": float("inf"), "e": 1.5}) == (
         ["", "||한|"],
         "1.5",
     )
-    assert applied(template, {"a": 3, "b": True, "c": date(2024, 1, 2), "d": 0, "e": ["x"]})[0] == [
+    assert apply_template(template, {"a": 3, "b": True, "c": date(2024, 1, 2), "d": 0, "e": ["x"]})[0] == [
         "",
         "3|True|2024-01-02|0",
     ]
@@ -158,7 +158,7 @@ def test_numbers_lists_and_objects_stay_as_they_are():
         return Example(["", row["list"][1]["b"], "", row["list"][0]], row["n"] * 2)
 
     cells = {"n": 3, "list": [None, {"b": b"c"}], "object": {"a": None}, "none": None, "bytes": b"b"}
-    assert applied(template, cells) == (["", "c", "", ""], "6")
+    assert apply_template(template, cells) == (["", "c", "", ""], "6")
 
 
 BAD = "한".encode("cp949")
@@ -169,9 +169,9 @@ BAD = "한".encode("cp949")
 )
 def test_bytes_that_are_no_text_fail_where_they_are_used_and_only_there(write):
     row = Row({"image": BAD, "text": "a"}, "here")
-    assert applied(lambda row: Example(["", row["text"]], "b"), row).answer == "b"
+    assert apply_template(lambda row: Example(["", row["text"]], "b"), row).answer == "b"
     with pytest.raises(UserError, match="here: column 'image' holds bytes that are not UTF-8"):
-        applied(lambda row: Example(["", write(row["image"])], "b"), row)
+        apply_template(lambda row: Example(["", write(row["image"])], "b"), row)
 
 
 def test_a_template_that_fails_is_said_with_its_row():
@@ -212,21 +212,21 @@ def test_every_row_has_a_token_with_a_loss(kind, answer, tokenizers):
     """Whatever the answer is, and where there is no prompt at all: as common.dataset_file wants it."""
     for pieces in ([], [""], ["", ""], ["Q: ", "x" * 300, "\n"]):
         for block_size in (2, 3, 64):
-            encoder = Encoder(lambda row, pieces=pieces: Example(pieces, row["a"]), tokenizers[kind], block_size, {})
+            encoder = RowEncoder(lambda row, pieces=pieces: Example(pieces, row["a"]), tokenizers[kind], block_size, {})
             try:
-                chunk = encoder.chunk([Row({"a": answer}, "here")])
+                [[encoded]] = encoder.encode([Row({"a": answer}, "here")])
             except UserError as error:
-                assert "has no room for an answer" in str(error) and block_size < 64
+                assert "leaves no room for an answer" in str(error) and block_size < 64
                 continue
-            mask, length = torch.tensor(list(chunk.mask), dtype=torch.bool), len(chunk.mask)
-            split = {"loss_mask": mask, "offsets": torch.tensor([0, length])}
-            assert 2 <= length <= block_size and int(label_counts(split)) >= 1
+            mask, length = torch.tensor(list(encoded.mask), dtype=torch.bool), len(encoded.ids)
+            assert 2 <= length <= block_size and int(label_counts(mask, torch.tensor([0, length]))) >= 1
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n\t", None, "\u3000"])
 def test_an_answer_of_white_space_is_none(answer, tokenizers):
     rows = [{"instruction": "", "output": answer}]
-    assert encode_rows(rows, instruction, tokenizers["smollm2"], 64) == ([], {"rows": 0, "dropped": 1})
+    encoded, counts = encode_rows(rows, instruction, tokenizers["smollm2"], 64)
+    assert not encoded and counts["dropped"] == 1
 
 
 def test_an_answer_without_a_token_is_refused_with_its_row(tokenizers):
@@ -240,7 +240,7 @@ def test_an_answer_without_a_token_is_refused_with_its_row(tokenizers):
         Row({"instruction": "q", "output": answer}, f"my.jsonl, line {n}") for n, answer in enumerate(["a", "", "~~"])
     ]
     assert len(encode_rows(rows[:2], instruction, tokenizer, 64)[0]) == 1
-    with pytest.raises(UserError, match=r"^my\.jsonl, line 2: the tokenizer makes no token of its answer"):
+    with pytest.raises(UserError, match=r"^my\.jsonl, line 2: its answer is empty after tokenization"):
         encode_rows(rows, instruction, tokenizer, 64)
 
 
@@ -283,11 +283,9 @@ def test_no_more_than_needed_is_read_for_the_held_out_rows():
 
 
 def test_how_long_it_takes_is_said_without_a_terminal(tmp_path, monkeypatch, capsys, tokenizers):
-    import common.preparation
     import common.train_log
 
     (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 1000)
     monkeypatch.setattr(common.train_log, "SECONDS", 0)
-    encoder = Encoder(instruction, tokenizers["smollm2"], 64, {})
-    list(common.preparation.encoded_chunks("train", FileRows(tmp_path / "a.jsonl"), encoder))
+    encode_rows(FileRows(tmp_path / "a.jsonl"), instruction, tokenizers["smollm2"], 64)
     assert capsys.readouterr().out.startswith("train: 250 rows of 1000, 0 minutes left, ")

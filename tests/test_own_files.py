@@ -10,11 +10,11 @@ from decimal import Decimal
 
 import pytest
 
-from common.tokenization import encode_rows, load_tokenizer
+from common.tokenization import load_tokenizer
 from dataset.sources import HubRows, load_splits
 from dataset.templates import alpaca, instruction, korean_alpaca
 from model.tiny import write_tiny
-from tests.helpers import PREPARE, contents, refusal, tells
+from tests.helpers import PREPARE, contents, encode_rows, refusal, tells
 
 BOM = "\ufeff"
 LINE = json.dumps({"article": "A bridge is closed.", "highlights": "Bridge closed."}) + "\n"

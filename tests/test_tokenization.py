@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from common.support.exit import UserError
-from common.tokenization import Example, encode_prompt, encode_rows, fingerprint, load_tokenizer
+from common.tokenization import Example, encode_prompt, fingerprint, load_tokenizer
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.tiny import write_tiny
-from tests.helpers import KINDS
+from tests.helpers import KINDS, encode_rows
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 DATA = {
@@ -66,7 +66,7 @@ def test_a_long_row_loses_source_text_and_nothing_else(kind, spare, tokenizers):
     prompt = tokenizer.decode(ids[:start], skip_special_tokens=True)
     pieces = template(row).prompt
     assert prompt.startswith(pieces[0]) and prompt.endswith(pieces[-1])
-    assert counts == {"rows": 1, "tokens": len(ids), "prompts cut": 1, "dropped": 0}
+    assert counts == {"rows": 1, "tokens": len(ids), "prompts cut": 1, "answers cut": 0, "dropped": 0}
 
 
 def test_a_cut_keeps_the_begin_of_the_article(tokenizers):
@@ -96,7 +96,7 @@ def test_an_answer_longer_than_the_block_is_cut_last_and_counted(tokenizers):
 
 
 def test_a_block_without_room_for_the_frame_is_refused(tokenizers):
-    with pytest.raises(UserError, match="block of 8 tokens has no room"):
+    with pytest.raises(UserError, match="--block-size 8 leaves no room"):
         encode_rows([{"instruction": "a", "output": "b"}], instruction, tokenizers["gpt"], 8)
 
 
@@ -104,7 +104,8 @@ def test_rows_without_an_answer_are_dropped_and_counted(tokenizers):
     rows = [{"instruction": "a", "output": text} for text in ("yes", "", None, " \n", "no")]
     encoded, counts = encode_rows(rows, instruction, tokenizers["gpt"], 64)
     assert len(encoded) == counts["rows"] == 2 and counts["dropped"] == 3
-    assert encode_rows(rows[1:4], instruction, tokenizers["gpt"], 64) == ([], {"rows": 0, "dropped": 3})
+    encoded, counts = encode_rows(rows[1:4], instruction, tokenizers["gpt"], 64)
+    assert not encoded and counts["rows"] == 0 and counts["dropped"] == 3
 
 
 def test_a_missing_answer_column_is_named_with_those_there_are(tokenizers):

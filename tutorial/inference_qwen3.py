@@ -62,10 +62,10 @@ def main():
 
 
 def typed() -> str:
-    from common.text import text_of
+    from dataset.columns import to_text
 
     try:
-        return text_of(input("\n> ")).strip()
+        return to_text(input("\n> ")).strip()
     except EOFError:  # Ctrl-D
         return ""
     except UnicodeDecodeError:

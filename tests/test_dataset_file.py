@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,10 @@ import pytest
 import torch
 
 from common.batches import Batches
-from common.dataset_file import PARTS, held_out_prompts, load_dataset, prepare_dataset
-from common.preparation import ROWS_AT_ONCE, ROWS_FOR_ONE, Encoder, encoded_chunks
+from common.dataset_file import PARTS, held_out_prompts, load_dataset
 from common.support.exit import UserError
 from common.tokenization import load_tokenizer
+from dataset.prepare import ROWS_AT_ONCE, RowEncoder, prepare_dataset, write_rows
 from dataset.sources import HOLD_OUT_AT_MOST, load_splits
 from dataset.standard_library import standard_library_splits
 from dataset.templates import instruction, summarization
@@ -109,19 +108,22 @@ def test_a_mistake_half_way_leaves_the_old_file_and_no_scratch(prepared, tmp_pat
 
 
 def test_rows_are_read_a_chunk_at_a_time(prepared):
-    """As many as are on their way to the processes are in memory, and not the whole data set."""
-    ahead, read, total = 0, 0, 40 * ROWS_AT_ONCE
+    """The next rows are read when those before are written, and not the whole data set at once."""
+    read, written, ahead = 0, 0, 0
 
     def rows():
         nonlocal read
-        for _ in range(total):
+        for _ in range(10 * ROWS_AT_ONCE):
             read += 1
             yield {"instruction": "a", "output": "b"}
 
-    encoder, done = Encoder(instruction, prepared[0], 64, {}), 0
-    for chunk in encoded_chunks("train", rows(), encoder):
-        ahead, done = max(ahead, read - done), done + chunk.rows
-    assert done == total and ahead <= ROWS_FOR_ONE + (2 * len(os.sched_getaffinity(0)) + 3) * ROWS_AT_ONCE < total
+    def add(row):
+        nonlocal written, ahead
+        ahead = max(ahead, read - written)
+        written += 1
+
+    write_rows("train", rows(), RowEncoder(instruction, prepared[0], 64, {}), Namespace(add=add))
+    assert written == read == 10 * ROWS_AT_ONCE and ahead == ROWS_AT_ONCE
 
 
 def test_held_out_questions_are_the_first_held_out_rows(prepared):

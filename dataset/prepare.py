@@ -1,0 +1,177 @@
+"""Prepares a dataset: the rows of each split become token ids in a dataset file (common/dataset_file.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from itertools import groupby, islice
+from operator import itemgetter, length_hint
+from typing import Callable, Dict, Iterable, List
+
+from common.chat_template import Conversation, encode_conversation, get_chat_template
+from common.dataset_file import SplitWriter, save_dataset
+from common.support.exit import UserError
+from common.support.files import atomic_write
+from common.tokenization import Encoded, Example, encode_examples, fingerprint
+from common.train_log import with_progress
+from dataset.columns import (
+    ColumnRecorder,
+    apply_template,
+    clean_row,
+    rename_columns,
+    require_asked,
+    row_location,
+)
+from dataset.messages import read_messages, read_tools
+from dataset.templates import MESSAGE_COLUMNS, chat, jinja_template
+
+ROWS_AT_ONCE = 250  # enough to keep all cores busy, and few enough that memory stays bounded
+
+
+def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Callable, tokenizer, args) -> None:
+    """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`.
+
+    Rows of messages, if the first row is one, are tokenized with the tokenizer's own chat template. `source` says in
+    the file where the rows came from; dataset.sources.load_splits returns both. UserError for a row that cannot be
+    used, with its location, and if no row has an answer.
+    """
+    first = next(iter(splits["train"]))
+    template = pick_template(template, rename_columns(first, args.columns))
+    require_asked(template, first, args.columns)
+    meta = {
+        "tokenizer": fingerprint(tokenizer),
+        "model": args.model_name_or_path,
+        "dataset": str(source),
+        "template": template.__name__,
+        "block_size": args.block_size,
+        "counts": {},
+    }
+    if getattr(source, "card", {}):
+        meta["card"] = source.card  # its licence and language
+    is_chat = isinstance(apply_template(template, rename_columns(first, args.columns)), Conversation)
+    encoder = RowEncoder(template, tokenizer, args.block_size, args.columns, is_chat)
+    if is_chat:
+        meta["template"] = "chat"
+        meta["end_of_turn"] = get_chat_template(tokenizer).end_of_turn()
+    else:
+        meta["chat_template"] = jinja_template(template, tokenizer)
+        if not meta["chat_template"]:
+            print(
+                f"No chat template will be saved with the model: {template.__name__} has no Jinja form (inference "
+                "scripts are not affected)."
+            )
+    if args.show:
+        show_rows(splits["train"], args.show, encoder)
+    with atomic_write(args.save_path) as new:
+        tensors = {}
+        for name, rows in splits.items():
+            with SplitWriter(new.parent, name) as writer:
+                counts = write_rows(name, rows, encoder, writer)
+            if name == "train" and not counts["rows"]:
+                raise UserError(
+                    f"The dataset {source} has no rows with an answer. Give another --dataset-name-or-path."
+                )
+            print(f"{name}: {summary_line(counts)}")
+            meta["counts"][name] = dict(counts)
+            tensors[name] = writer.tensors()
+        print("Saving dataset into torch format...")
+        save_dataset(new, meta, tensors)
+    print(f"Dataset saved as {args.save_path}")
+
+
+def pick_template(template: Callable, row: dict) -> Callable:
+    """`template`; or `chat`, if the row has messages and lacks a column that the template asks for."""
+    recorder = ColumnRecorder(clean_row(row))
+    recorder.record(template)
+    has_messages = any(name in row for name in MESSAGE_COLUMNS)
+    return chat if recorder.missing and has_messages else template
+
+
+class RowEncoder:
+    """Makes token ids of rows.
+
+    columns: {name that the template asks for: name in the data}; is_chat: whether the template returns Conversations.
+    """
+
+    def __init__(self, template: Callable, tokenizer, block_size: int, columns: Dict[str, str], is_chat: bool = False):
+        self.template = template
+        self.tokenizer = tokenizer
+        self.block_size = block_size
+        self.columns = columns
+        self.is_chat = is_chat
+
+    def encode(self, rows: List[dict]) -> List[List[Encoded]]:
+        """For each row the rows of the dataset file that it becomes: none without an answer, and of a conversation one
+        for each answer if the chat template rewrites earlier turns."""
+        rows = [rename_columns(row, self.columns) for row in rows]
+        made = [apply_template(self.template, row) for row in rows]
+        if self.is_chat:
+            return [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
+        return self._encode_examples(rows, made)
+
+    def _encode_examples(self, rows: List[dict], examples: List[Example]) -> List[List[Encoded]]:
+        answered = [number for number, example in enumerate(examples) if example.answer.strip()]
+        some = encode_examples(self.tokenizer, [examples[number] for number in answered], self.block_size)
+        encoded = [[] for _ in rows]
+        for number, one in zip(answered, some):
+            if sum(one.mask) == 1:  # the end token alone
+                raise UserError(f"{row_location(rows[number])}: its answer is empty after tokenization. Fix it.")
+            encoded[number].append(one)
+        return encoded
+
+    def _encode_conversation(self, row: dict, conversation: Conversation) -> List[Encoded]:
+        chat_template = get_chat_template(self.tokenizer)
+        try:
+            messages, tools = read_messages(conversation), read_tools(conversation)
+            return encode_conversation(chat_template, messages, tools, self.block_size)
+        except UserError as error:
+            raise UserError(f"{row_location(row)}: {error}") from None
+
+
+def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: SplitWriter) -> Counter:
+    """Encode the rows of the split `name` and write them, with a progress bar; counts of what was done."""
+    counts = Counter({"rows": 0, "tokens": 0, "prompts cut": 0, "answers cut": 0, "dropped": 0})
+    iterator = iter(rows)
+    chunks = iter(lambda: list(islice(iterator, ROWS_AT_ONCE)), [])
+    for chunk in with_progress(chunks, len, name, length_hint(rows) or None):
+        for encoded in encoder.encode(chunk):
+            counts["dropped"] += not encoded
+            if encoder.is_chat:
+                counts["conversations"] += bool(encoded)
+            for one in encoded:
+                writer.add(one)
+                counts["rows"] += 1
+                counts["tokens"] += len(one.ids)
+                counts["prompts cut"] += one.prompt_truncated
+                counts["answers cut"] += one.answer_truncated
+    return counts
+
+
+def summary_line(counts: Counter) -> str:
+    rows = f"{counts['rows']} rows"
+    if 0 < counts["conversations"] < counts["rows"]:
+        rows += f", one for each answer of {counts['conversations']} conversations"
+    dropped = "1 row" if counts["dropped"] == 1 else f"{counts['dropped']} rows"
+    return (
+        f"{rows}, {counts['tokens']} tokens; {counts['prompts cut']} prompts and {counts['answers cut']} answers "
+        f"truncated, {dropped} without an answer dropped"
+    )
+
+
+def show_rows(rows: Iterable[dict], count: int, encoder: RowEncoder) -> None:
+    """Print the first rows as the model will see them, with the tokens in the loss in colour, or in brackets."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    print(f"Rows as the model sees them (the loss is computed on the text in {'green' if colour else 'brackets'}):")
+    for number, row in enumerate(islice(rows, count), 1):
+        [encoded] = encoder.encode([row])
+        if not encoded:
+            print(f"--- row {number}: dropped (no answer)")
+        for one in encoded:
+            truncated = ", truncated" if one.prompt_truncated or one.answer_truncated else ""
+            print(f"--- row {number}: {len(one.ids)} tokens, {sum(one.mask)} in the loss{truncated}")
+            for in_loss, part in groupby(zip(one.ids, one.mask), key=itemgetter(1)):
+                text = encoder.tokenizer.decode([token_id for token_id, _ in part])
+                print(f"{before}{text}{after}" if in_loss else text, end="")
+            print()
