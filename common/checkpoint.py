@@ -21,7 +21,6 @@ import shutil
 import tempfile
 import time
 import uuid
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional
@@ -30,6 +29,7 @@ import torch
 
 from common import distributed
 from common.device import Device
+from common.support.compat import distributed_checkpoint
 from common.support.exit import StopRequest, UserError, disk_problem, is_peer_failure, short_message
 from common.support.files import Lock, atomic_write, remove_scratch, weights_fingerprint
 from common.support.model_dir import RUN
@@ -93,8 +93,8 @@ def find_checkpoint(args) -> Optional[Checkpoint]:
         if damage:
             first_problem = first_problem or f"{path} {damage}"
             continue
-        changed = changed_options(metadata, vars(args), weights_fingerprint(args.model_name_or_path))
-        _require_unchanged(path, changed)
+        model = weights_fingerprint(args.model_name_or_path)
+        _require_unchanged(path, changed_options(metadata, args, model))
         if first_problem:
             print(f"{first_problem}; using the older checkpoint {path}.")
         step = metadata["state"]["step"]
@@ -139,38 +139,31 @@ def find_damage(checkpoint: Path, metadata: dict) -> str:
     return "is damaged" if distributed.any_rank(damaged) else ""
 
 
-def changed_options(metadata: dict, options: dict, model: str) -> List[str]:
+def changed_options(metadata: dict, args, model: str) -> List[str]:
     """The options that would make another run of it. model: the fingerprint of the model's weights."""
     before = metadata["options"]
+    after = vars(args)
     changes = []
-    for name in sorted({**before, **options}):
-        of_unused_lora = name.startswith("lora_") and not options["use_lora"]
-        if name not in MAY_CHANGE_ON_RESUME and not of_unused_lora and before.get(name) != options.get(name):
-            changes.append(f"--{name.replace('_', '-')} was {before.get(name)} and is {options.get(name)}")
+    for name in sorted({**before, **after}):
+        of_unused_lora = name.startswith("lora_") and not args.use_lora
+        if name not in MAY_CHANGE_ON_RESUME and not of_unused_lora and before.get(name) != after.get(name):
+            changes.append(f"--{name.replace('_', '-')} was {before.get(name)} and is {after.get(name)}")
     if metadata["model"] != model:
-        old = before["model_name_or_path"]
-        new = options["model_name_or_path"]
-        changes.append(f"--model-name-or-path was {old} and is {new}, which has different weights")
+        changes.append(f"--model-name-or-path {args.model_name_or_path} has different weights")
     return changes
 
 
-def changed_run(metadata: dict, run: dict, options: dict) -> List[str]:
-    """The same for what the options alone do not say: the values of `run`, as Checkpoints has them."""
+def changed_run(metadata: dict, run: dict, args) -> List[str]:
+    """The same for what the options alone do not say: the values of `run`, see Checkpoints."""
     changes = []
     if metadata["dataset"] != run["dataset"]:
-        old = metadata["options"]["dataset_name_or_path"]
-        new = options["dataset_name_or_path"]
-        changes.append(f"--dataset-name-or-path was {old} and is {new}, which has different rows")
+        changes.append(f"--dataset-name-or-path {args.dataset_name_or_path} has different rows")
     for what in ("dtype", "device"):
         if metadata[what] != run[what]:
             changes.append(f"this run used {metadata[what]}; this device uses {run[what]}")
-    if metadata["steps"] != run["steps"]:
-        step = metadata["state"]["step"]
-        steps = f"--epochs and --max-train-steps gave {metadata['steps']} steps and give {run['steps']}"
-        if options["lr_scheduler"] != "constant":
-            changes.append(f"{steps}, and the {options['lr_scheduler']} learning rate depends on them")
-        elif run["steps"] <= step:
-            changes.append(f"{steps}, and {step} are done")
+    step = metadata["state"]["step"]
+    if metadata["steps"] != run["steps"] and (args.lr_scheduler != "constant" or run["steps"] <= step):
+        changes.append(f"it had {metadata['steps']} steps with --lr-scheduler {args.lr_scheduler}, now {run['steps']}")
     return changes
 
 
@@ -224,7 +217,7 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, model) -> dict:
 
     Since torch 2.2 it goes by the parameters' names, so that another number of ranks finds its parts.
     """
-    if not _dcp():
+    if not distributed_checkpoint():
         return {"state": optimizer.state_dict()["state"]}  # tensors alone: torch 1.13 loads nothing else safely
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -239,7 +232,7 @@ def get_optimizer_state(optimizer: torch.optim.Optimizer, model) -> dict:
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, model, state: dict) -> None:
     """Give the optimizer a state as get_optimizer_state returns it."""
-    if not _dcp():
+    if not distributed_checkpoint():
         optimizer.load_state_dict({**optimizer.state_dict(), **state})
         return
     from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
@@ -281,7 +274,7 @@ class Checkpoints:
         self.own: List[Path] = []  # checkpoints of this run, the newest first
         self.older = list_checkpoints(self.directory)  # of an earlier run, until this one has its first
         if resume:
-            _require_unchanged(resume.path, changed_run(resume.metadata, self.run, vars(args)))
+            _require_unchanged(resume.path, changed_run(resume.metadata, self.run, args))
             self.run["run"] = resume.metadata["run"]
             self.own = [path for path in self.older if read_metadata(path).get("run") == self.run["run"]]
             self.own.sort(key=lambda path: path != resume.path)
@@ -373,9 +366,8 @@ class Checkpoints:
 def write_checkpoint(checkpoint: Path, tensors: dict, metadata: dict) -> None:
     """Write a checkpoint as a whole or not at all. tensors: a nested dict; metadata: what JSON can hold."""
     with distributed.on_main_process(lambda: _new_directory(checkpoint)) as new:
-        if _dcp():
-            with _without_warnings():
-                _dcp().save(tensors, checkpoint_id=str(new))
+        if distributed_checkpoint():
+            distributed_checkpoint().save(tensors, checkpoint_id=str(new))
         else:
             # The default writer aborts the process where the disk is full, in torch 1.13.
             torch.save(tensors, new / TENSORS, _use_new_zipfile_serialization=False)
@@ -406,10 +398,9 @@ def remove_checkpoint(checkpoint: Path) -> None:
 
 def _read_tensors(checkpoint: Path, tensors: dict) -> dict:
     """The tensors of a checkpoint: torch.distributed.checkpoint reads them into those of `tensors`."""
-    if not _dcp():
+    if not distributed_checkpoint():
         return torch.load(checkpoint / TENSORS, map_location="cpu", weights_only=True)
-    with _without_warnings():
-        _dcp().load(tensors, checkpoint_id=str(checkpoint))
+    distributed_checkpoint().load(tensors, checkpoint_id=str(checkpoint))
     return tensors
 
 
@@ -426,22 +417,5 @@ def _digest_of_metadata(metadata: dict) -> str:
     return hashlib.sha256(json.dumps({**metadata, "sha256": ""}, sort_keys=True).encode()).hexdigest()
 
 
-def _dcp():
-    """torch.distributed.checkpoint where it works without a process group, since torch 2.2; else None."""
-    try:
-        import torch.distributed.checkpoint as dcp
-    except ImportError:
-        return None
-    return dcp if hasattr(dcp, "save") else None
-
-
 def _stored_by() -> str:
-    return "torch.distributed.checkpoint" if _dcp() else "torch.save"
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Hide its warning that there is no process group."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    return "torch.distributed.checkpoint" if distributed_checkpoint() else "torch.save"

@@ -8,7 +8,7 @@ import gc
 import importlib
 import os
 import sys
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from typing import Dict, Iterable, Iterator, NamedTuple, Tuple
 
 import psutil
 import torch
@@ -22,8 +22,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-WEIGHT_OPTIONS = ("--use-lora", "--load-in-4bit")  # make weights, gradients and optimizer states smaller
-
 
 class Device(NamedTuple):
     """What a script runs on; `start_device` finds it."""
@@ -32,15 +30,6 @@ class Device(NamedTuple):
     name: str
     dtype: torch.dtype  # of matrix products; torch.float32: no mixed precision
     static_shapes: bool  # MoAI Platform compiles a graph for each shape, so every step must have the same one
-
-    @property
-    def platform(self) -> str:
-        """ "MoAI", "CUDA", "ROCm" or "CPU"."""
-        if self.static_shapes:
-            return "MoAI"
-        if self.torch_device.type == "cpu":
-            return "CPU"
-        return "ROCm" if torch.version.hip else "CUDA"
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -197,53 +186,14 @@ def total_memory(device: torch.device) -> int:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(
-    what: str, needed_bytes: int, device: torch.device, options: Iterable[str] = ()
-) -> Iterator[None]:
-    """Inside, an out-of-memory error becomes a UserError: how much `what` needs, and which `options` need less.
-
-    needed_bytes: the part of the memory that is known beforehand; 0 where it is not known.
-    """
+def explain_out_of_memory(what: str, device: torch.device, options: Iterable[str] = ()) -> Iterator[None]:
+    """Inside, an out-of-memory error is a UserError: what does not fit, and which `options` need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        total = total_memory(device)
-        if needed_bytes > total:  # smaller micro-batches would not help
-            options = [option for option in options if option in WEIGHT_OPTIONS]
-        advice = "Use a larger device or a smaller model."
-        if options:
-            advice = f"To save memory, use {', '.join(options)}."
-        needs = f"{what} take {needed_bytes / 1e9:.1f} GB, " if needed_bytes else f"{what} do not fit, "
-        raise UserError(f"Out of memory: {needs}the device has {total / 1e9:.1f} GB. {advice}") from None
-
-
-def devices(device: Device) -> List[dict]:
-    """For each device its name, its memory that all programs use and in total (bytes), and its utilization (percent);
-    None where that is not known."""
-    if device.torch_device.type == "cpu":
-        memory = psutil.virtual_memory()
-        return [_facts(device.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
-    found = []
-    for index in range(torch.cuda.device_count()):
-        free_and_total = _or_none(torch.cuda.mem_get_info, index)
-        if free_and_total:
-            free, total = free_and_total
-            used = total - free
-        else:
-            total = _or_none(total_memory, torch.device("cuda", index))
-            used = None
-        found.append(_facts(torch.cuda.get_device_name(index), used, total, _or_none(torch.cuda.utilization, index)))
-    return found
-
-
-def _facts(name: str, used, total, utilization) -> dict:
-    return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
-
-
-def _or_none(ask, argument):
-    try:
-        return ask(argument)
-    except Exception:  # drivers fail in many ways, and so does torch where a driver's Python package is missing
-        return None
+        advice = f"To save memory, use {', '.join(options)}." if options else "Use a larger device or a smaller model."
+        raise UserError(
+            f"Out of memory: {what} does not fit into the device's {total_memory(device) / 1e9:.1f} GB. {advice}"
+        ) from None

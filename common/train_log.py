@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import uuid
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -47,9 +45,9 @@ class TrainLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.reporter = None
         if report_to and is_main_process():
-            self.reporter = REPORTERS[report_to](self.directory, step > 0)
+            self.reporter = REPORTERS[report_to](self.directory)
             for record in records:
-                self.reporter.report(record)
+                self.report(record)
         path = self.directory / "training_log.jsonl" if is_main_process() else os.devnull
         self.file = open(path, "w", encoding="utf-8")
         self.file.writelines(json.dumps(record) + "\n" for record in records)
@@ -61,14 +59,14 @@ class TrainLog:
     def __enter__(self) -> TrainLog:
         return self
 
-    def __exit__(self, error_type, *_) -> None:
+    def __exit__(self, *_) -> None:
         self.bar.close()
         self.file.flush()
         if is_main_process():
             os.fsync(self.file.fileno())
         self.file.close()
         if self.reporter:
-            self.reporter.close(failed=error_type is not None)
+            self.reporter.close()
 
     def log_train(self, step: int, loss: float, duration: float, tokens: int, lr: float) -> None:
         """Log the steps since the last line: mean loss of a label token, seconds, tokens without padding."""
@@ -100,8 +98,13 @@ class TrainLog:
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
-        if self.reporter:
-            self.reporter.report(record)
+        self.report(record)
+
+    def report(self, record: dict) -> None:
+        """Add the numbers of a record to the curves."""
+        numbers = {name: record[name] for name in CURVES if name in record}
+        if self.reporter and numbers:
+            self.reporter.report(record["step"], numbers)
 
     def draw(self) -> None:
         """Draw training_loss.png. Where that fails the training goes on: the trained model is still to be saved."""
@@ -118,56 +121,42 @@ class TrainLog:
 class TensorBoard:
     """--report-to tensorboard: curves in the directory `tensorboard` of the save directory."""
 
-    def __init__(self, save_dir: Path, resumed: bool):
+    def __init__(self, save_dir: Path):
         from torch.utils.tensorboard import SummaryWriter
 
-        directory = save_dir / "tensorboard"
-        for old in directory.glob("events.out.tfevents.*"):  # its steps are reported again
-            old.unlink()
-        self.writer = SummaryWriter(str(directory))
+        for old in (save_dir / "tensorboard").glob("events.out.tfevents.*"):
+            old.unlink()  # a resumed training reports all steps again
+        self.writer = SummaryWriter(str(save_dir / "tensorboard"))
 
-    def report(self, record: dict) -> None:
-        for name in CURVES:
-            if name in record:
-                self.writer.add_scalar(name, record[name], record["step"])
+    def report(self, step: int, numbers: Dict[str, float]) -> None:
+        for name, value in numbers.items():
+            self.writer.add_scalar(name, value, step)
         self.writer.flush()  # for somebody who looks during the training, and before a kill
 
-    def close(self, failed: bool) -> None:
+    def close(self) -> None:
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """--report-to wandb: one run of https://wandb.ai, which a resumed training continues; WANDB_MODE=offline needs no
-    account. The environment chooses the project: WANDB_PROJECT."""
+    """--report-to wandb: a run of https://wandb.ai. WANDB_PROJECT names the project, WANDB_MODE=offline needs no
+    account. A resumed training is a run of its own, with all steps from the first one."""
 
-    def __init__(self, save_dir: Path, resumed: bool):
+    def __init__(self, save_dir: Path):
         import wandb
 
-        id_file = save_dir / "wandb" / "run_id"
-        id_file.parent.mkdir(exist_ok=True)
-        if not (resumed and id_file.is_file()):
-            id_file.write_text(uuid.uuid4().hex[:8])
-        for old in id_file.parent.glob("offline-run-*"):  # its steps are reported again
-            shutil.rmtree(old)
         try:
-            self.run = wandb.init(
-                dir=save_dir,
-                name=save_dir.name,
-                id=id_file.read_text(),
-                resume="allow",
-                settings=wandb.Settings(console="off", quiet=True),  # it must not capture the terminal
-            )
+            settings = wandb.Settings(console="off", quiet=True)  # it must not capture the terminal
+            self.run = wandb.init(dir=save_dir, name=save_dir.name, settings=settings)
         except wandb.Error as error:
-            advice = "Run `wandb login` first, or set WANDB_MODE=offline."
-            raise UserError(f"--report-to wandb: {short_message(error)}. {advice}") from None
+            raise UserError(
+                f"--report-to wandb: {short_message(error)}. Run `wandb login` first, or set WANDB_MODE=offline."
+            ) from None
 
-    def report(self, record: dict) -> None:
-        numbers = {name: record[name] for name in CURVES if name in record}
-        if numbers and record["step"] >= self.run.step:  # the server has the steps before
-            self.run.log(numbers, step=record["step"])
+    def report(self, step: int, numbers: Dict[str, float]) -> None:
+        self.run.log(numbers, step=step)
 
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=int(failed))
+    def close(self) -> None:
+        self.run.finish()
 
 
 REPORTERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}

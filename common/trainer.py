@@ -31,7 +31,8 @@ def train(model, optimizer, dataset: dict, args, plan, device: Device, resume: O
     """
     trainer = Trainer(model, optimizer, dataset, args, plan, device, resume)
     print(device.memory_line())
-    with trainer.stop_request, trainer.explain_out_of_memory():
+    options = memory_saving_options(args)
+    with trainer.stop_request, explain_out_of_memory("the training", device.torch_device, options):
         try:
             with trainer.log:
                 trainer.run()
@@ -295,17 +296,6 @@ class Trainer:
     def learning_rate(self, step: int) -> float:
         """The learning rate of `step`, from 1."""
         return learning_rate(step, self.total_steps, self.args.lr, self.args.warmup_steps, self.args.lr_scheduler)
-
-    def explain_out_of_memory(self):
-        """A context in which a full memory is one line that says what parameters, gradients and optimizer take."""
-        fixed = 0
-        for parameter in self.model.parameters():
-            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-            fixed += local.numel() * local.element_size()
-            if parameter.requires_grad:  # its gradient, and two AdamW states in float32
-                fixed += local.numel() * (local.element_size() + 8)
-        what = "weights, gradients and optimizer states"
-        return explain_out_of_memory(what, fixed, self.device.torch_device, memory_saving_options(self.args))
 
     def summary(self) -> dict:
         """What run.json says of this run: command, options, data, versions, steps, and the held-out loss."""

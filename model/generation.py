@@ -38,7 +38,7 @@ def stream_answer(
     if show_prompt:
         print(tokenizer.decode(prompt[0], skip_special_tokens=True), flush=True)
     model.eval()
-    with explain_out_of_memory("prompt and answer", 0, model.device, ["--load-in-4bit", "--max-new-tokens"]):
+    with explain_out_of_memory("the answer", model.device, ["--load-in-4bit", "--max-new-tokens"]):
         output = model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -89,7 +89,7 @@ def answer_rows(
     if answers.done:
         print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
     answers.begin(run_facts(vars(args), {}, device.name))
-    with answers, explain_out_of_memory("prompts and answers", 0, model.device, MEMORY_SAVING):
+    with answers, explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
         for rows in with_progress(batches, len, "answers", len(answers.rows), len(answers.done)):
             some = [prompts[row] for row in rows]
             found = answer_ids(model, tokenizer, some, args.max_new_tokens, ends, args.temperature)
@@ -129,7 +129,7 @@ def perplexity_and_answers(
     with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
     loss, answers = 0.0, {}
     bar = tqdm(total=len(prompts), desc=when, unit="row", dynamic_ncols=True)
-    with bar, explain_out_of_memory("prompts and answers", 0, model.device, MEMORY_SAVING):
+    with bar, explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
         for rows in _of_like_length(dict(enumerate(prompts)), batches.batch_size):
             loss += total_loss(with_loss, batches, rows, device)
             if max_new_tokens:

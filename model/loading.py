@@ -26,7 +26,7 @@ from model.on_paper import enable_checkpointing
 from model.quantization import keep_trainable, tell_what_is_not_in_bits
 from model.reading import DTYPE, from_files
 from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
-from model.stored import bits_to_use, bytes_of, forget_quantization, how_stored, move
+from model.stored import bits_to_use, forget_quantization, how_stored, move
 from model.writing import write_gathered
 
 # what an earlier model may have left in a directory, and would be loaded with the new files
@@ -112,9 +112,7 @@ def load_model(
     if stored.method:
         how = "16 bit" if not bits else f"{bits} bit, as with --load-in-{bits}bit"
         print(f"{base} is stored in {stored.bits} bit ({stored.method}): it is used in {how}.")
-    in_memory = bits or (8 * bytes_of(dtype) if dtype else max(16, stored.bits))
-    needed = ModelSource(base).bytes_of_weights * in_memory // stored.bits
-    with explain_out_of_memory(f"the weights of {base}", needed, device, options):
+    with explain_out_of_memory(f"the model {base}", device, options):
         model = from_files(base, stored, device, dtype, bits)
         # the hub's generation settings are for chat and differ from model to model (Llama2's can't even be saved again)
         model.generation_config = GenerationConfig()

@@ -653,8 +653,8 @@ def test_all_options_that_differ_are_named(cut, warm):
 
 
 def test_steps_that_fit_no_more(cut, cut_lora, warm):
-    refused(warm, cut, f"{FULL} --max-train-steps 5", "7 steps and give 5", "6 are done")
-    refused(warm, cut_lora, f"{KINDS['lora']} --max-train-steps 9", "7 steps and give 9", "cosine")
+    refused(warm, cut, f"{FULL} --max-train-steps 5", "it had 7 steps with --lr-scheduler constant, now 5")
+    refused(warm, cut_lora, f"{KINDS['lora']} --max-train-steps 9", "it had 7 steps with --lr-scheduler cosine, now 9")
 
 
 def test_another_dataset_or_model_under_the_same_name(cut_copy, base, warm):

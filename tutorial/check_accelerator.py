@@ -74,12 +74,11 @@ def look(device, args) -> dict:
     import torch
     from tqdm import tqdm
 
-    from common.device import devices
     from common.support.hub import ask_hub
     from model.tutorials import TUTORIALS, Machine, own_model, way_to_run
 
-    seen, disk_free = devices(device), shutil.disk_usage(".").free
-    platform, dtype = device.platform, device.dtype
+    seen, disk_free = devices_of(device), shutil.disk_usage(".").free
+    platform, dtype = platform_of(device), device.dtype
     rate = 1e12 * args.device_tflops if args.device_tflops else None
     if args.device_memory:  # GPUs that are not here
         size, platform, dtype = int(1e9 * args.device_memory), "CUDA", torch.bfloat16
@@ -106,6 +105,50 @@ def look(device, args) -> dict:
         "hub": ask_hub(HUB_TIMEOUT),
         "tutorials": [way_to_run(tutorial, machine, disk_free) for tutorial in rows],
     }
+
+
+def devices_of(device) -> list:
+    """For each device its name, its memory that all programs use and in total (bytes), and its utilization (percent);
+    None where that is not known."""
+    import psutil
+    import torch
+
+    if device.torch_device.type == "cpu":
+        memory = psutil.virtual_memory()
+        return [_facts(device.name, memory.total - memory.available, memory.total, psutil.cpu_percent(0.3))]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free_and_total = _or_none(torch.cuda.mem_get_info, index)
+        if free_and_total:
+            free, total = free_and_total
+            used = total - free
+        else:
+            total = getattr(_or_none(torch.cuda.get_device_properties, index), "total_memory", None)
+            used = None
+        found.append(_facts(torch.cuda.get_device_name(index), used, total, _or_none(torch.cuda.utilization, index)))
+    return found
+
+
+def _facts(name: str, used, total, utilization) -> dict:
+    return {"name": name, "memory_used": used, "memory_total": total, "utilization": utilization}
+
+
+def _or_none(ask, argument):
+    try:
+        return ask(argument)
+    except Exception:  # drivers fail in many ways, and so does torch where a driver's Python package is missing
+        return None
+
+
+def platform_of(device) -> str:
+    """ "MoAI", "CUDA", "ROCm" or "CPU"."""
+    import torch
+
+    if device.static_shapes:
+        return "MoAI"
+    if device.torch_device.type == "cpu":
+        return "CPU"
+    return "ROCm" if torch.version.hip else "CUDA"
 
 
 def rate_of(device) -> Optional[float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,3 +88,13 @@ def load_mapped(path: Path) -> Dict:
         return torch.load(str(path), map_location="cpu", mmap=True, weights_only=True)
     except (TypeError, RuntimeError):  # torch before 2.1, or a file in the format of torch before 1.6
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def distributed_checkpoint():
+    """torch.distributed.checkpoint where it works without a process group, since torch 2.2; else None."""
+    try:
+        import torch.distributed.checkpoint as dcp
+    except ImportError:
+        return None
+    warnings.filterwarnings("ignore", "torch.distributed is .*unavailable or uninitialized", UserWarning)
+    return dcp if hasattr(dcp, "save") else None
