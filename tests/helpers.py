@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.dataset_file import PARTS, SPLITS, digest_of, digest_of_meta, label_counts
+from common.dataset_file import SPLITS, digest_of, digest_of_meta, label_counts
 from tests.conftest import ROOT
 
 # ------------------------------------------------------------------------------------------------ packages
@@ -86,6 +86,16 @@ def refusal(folder, warm):
 
 
 # ------------------------------------------------------------------------------------------------ data
+
+
+# The tensors of a split of a dataset file: their type and number of dimensions.
+PARTS = {
+    "input_ids": ("torch.int32", 1),
+    "loss_mask": ("torch.bool", 1),
+    "offsets": ("torch.int64", 1),
+    "lengths": ("torch.int32", 1),
+    "label_counts": ("torch.int32", 1),
+}
 
 
 def rows_of(split):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from common.batches import Batches
-from common.dataset_file import PARTS, held_out_prompts, load_dataset
+from common.dataset_file import held_out_prompts, load_dataset
 from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from dataset.prepare import ROWS_AT_ONCE, RowEncoder, prepare_dataset, write_rows
