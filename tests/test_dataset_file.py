@@ -21,6 +21,7 @@ from dataset.sources import HOLD_OUT_AT_MOST, load_splits
 from dataset.standard_library import standard_library_splits
 from dataset.templates import instruction, summarization
 from model.tiny import write_tiny
+from tests.helpers import PARTS
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 
