@@ -271,24 +271,28 @@ class Checkpoints:
             "processes": distributed.world_size(),
         }
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.own: List[Path] = []  # checkpoints of this run, the newest first
-        self.older = list_checkpoints(self.directory)  # of an earlier run, until this one has its first
         if resume:
             _require_unchanged(resume.path, changed_run(resume.metadata, self.run, args))
             self.run["run"] = resume.metadata["run"]
-            self.own = [path for path in self.older if read_metadata(path).get("run") == self.run["run"]]
-            self.own.sort(key=lambda path: path != resume.path)
-            self.older = [path for path in self.older if path not in self.own]
+            for path in list_checkpoints(self.directory):
+                if path == resume.path:
+                    break
+                remove_checkpoint(path)  # newer ones are damaged
         self.run = distributed.broadcast_object(self.run)
         self.enabled = self._has_disk_space(model, optimizer)
         self.warned = False
         self.last_time = time.monotonic()
 
+    def own(self) -> List[Path]:
+        """The checkpoints of this run, the newest first."""
+        paths = list_checkpoints(self.directory)
+        return [path for path in paths if read_metadata(path).get("run") == self.run["run"]]
+
     def is_due(self, step: int, interval_is_over: bool) -> bool:
         """Whether to write a checkpoint after `step`. interval_is_over: on any rank, see minutes_are_over."""
         if step == 0 or not self.enabled or self.is_written(step):
             return False
-        if step == self.run["steps"] and self.own:
+        if step == self.run["steps"] and self.own():
             return True  # saving the model, which comes next, can fail
         if self.args.save_steps:
             return step % self.args.save_steps == 0
@@ -299,8 +303,8 @@ class Checkpoints:
         return time.monotonic() - self.last_time >= 60 * MINUTES
 
     def is_written(self, step: int) -> bool:
-        """Whether the newest checkpoint is that of `step`."""
-        return bool(self.own) and self.own[0].name == f"checkpoint-{step}"
+        """Whether this run has a checkpoint of `step`."""
+        return read_metadata(self.directory / f"checkpoint-{step}").get("run") == self.run["run"]
 
     def save(self, tensors: dict, state: dict, scaler: dict, stop: StopRequest, warn) -> bool:
         """Write the checkpoint of `state`, and remove those that are too old; whether that worked.
@@ -324,13 +328,11 @@ class Checkpoints:
             return False
         finally:
             self.last_time = time.monotonic()
-        self.own = [path] + [other for other in self.own if other != path]
         best = self.directory / f"checkpoint-{state['best_step']}"
-        too_old = [other for other in self.own[self.args.save_total_limit :] if other != best]
-        for other in too_old + [other for other in self.older if other != path]:
-            remove_checkpoint(other)
-        self.own = [other for other in self.own if other not in too_old]
-        self.older = []
+        kept = self.own()[: self.args.save_total_limit] + [best]
+        for other in list_checkpoints(self.directory):
+            if other not in kept:
+                remove_checkpoint(other)
         return True
 
     def load_parameters_of_step(self, step: int, model) -> bool:
@@ -349,7 +351,7 @@ class Checkpoints:
         numbers = sum(parameter.numel() for parameter in trained_parameters(model).values())
         bytes_per_state = 1 if "8bit" in type(optimizer).__name__ else 4
         size = numbers * (4 + 2 * bytes_per_state)  # AdamW has two states for each parameter
-        count = self.args.save_total_limit + 1 + int(self.args.keep_best) - len(self.own + self.older)
+        count = self.args.save_total_limit + 1 + int(self.args.keep_best) - len(list_checkpoints(self.directory))
         missing = count * size - distributed.broadcast_object(shutil.disk_usage(self.directory).free)
         if missing <= 0:
             return True

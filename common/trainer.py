@@ -254,10 +254,10 @@ class Trainer:
         step = self.state.step
         checkpoints = self.checkpoints
         if step and checkpoints.enabled and (checkpoints.is_written(step) or self.save_checkpoint()):
-            line = f"Stopped after step {step}; checkpoint saved in {checkpoints.own[0]}. "
+            line = f"Stopped after step {step}; checkpoint saved in {checkpoints.own()[0]}. "
             line += "Run the same command to resume."
-        elif checkpoints.own:
-            line = f"Stopped. Run the same command to resume from {checkpoints.own[0]}."
+        elif checkpoints.own():
+            line = f"Stopped. Run the same command to resume from {checkpoints.own()[0]}."
         else:
             line = "Stopped before the first step; nothing was saved."
         print(f"\n{line}", file=sys.stderr)
@@ -287,7 +287,8 @@ class Trainer:
 
     def fail(self, problem: str) -> None:
         """Raise UserError with `problem` and what to do next."""
-        restart = f" and --restart ({self.checkpoints.own[0]} is from before it)" if self.checkpoints.own else ""
+        own = self.checkpoints.own()
+        restart = f" and --restart ({own[0]} is from before it)" if own else ""
         raise UserError(
             f"{problem}. Try a smaller --lr or more --warmup-steps{restart}. If a single bad batch is the cause, "
             "--skip-nonfinite 1 skips it."

@@ -7,8 +7,8 @@ which is asked as --prompt is, and in a chat a `system` text, if it likes.
     answers.jsonl     {"instruction": "...", "answer": "...", "ended": true}    a line for each answered row
     answers.run.json  how they were made: only with the same model, prompts and options are the others answered
 
-The answers of a batch are saved as soon as it is done, the longest prompts first. At the end, and when the work is
-interrupted, they are put into the order of the prompts.
+The answers of a batch are saved as soon as it is done, in the order of the questions. The same command continues an
+interrupted file.
 """
 
 from __future__ import annotations
@@ -151,15 +151,17 @@ def _missing(row: dict, columns: Iterable[str]) -> UserError:
 class AnswersFile:
     """The answers to `rows`, the fields of each row of a file of prompts whose content has the digest `sha256`.
 
-    done: {row: (answer, whether it ended with a stop token)}, at first what the file at `args.save_path` has. UserError
-    if that is not such a file, or was made with another model, other prompts or other options.
+    There is a line for each answered row, in the order of the rows: a file with n complete lines is continued with row
+    n. UserError if the file at `args.save_path` is something else, or was made with another model, other prompts or
+    other options.
     """
 
     def __init__(self, args, rows: List[dict], sha256: str):
         self.path = Path(args.save_path)
         self.run_path = self.path.with_suffix(".run.json")
         self.rows = rows
-        self.done: Dict[int, Tuple[str, bool]] = {}
+        self.answered = 0
+        self.ended = 0  # answers that ended with a stop token
         # of an adapter and its base model; a model of the hub has no files here, only its name
         directories = dict.fromkeys([args.model_name_or_path, ModelSource(args.model_name_or_path).base])
         model = [weights_fingerprint(directory) or directory for directory in directories]
@@ -170,51 +172,33 @@ class AnswersFile:
         require_writable(self.path.parent, "--save-path")
         if self.path.exists():
             self._require_same_run()
-            self._read()
+            self._count_lines()
 
     def missing(self) -> List[int]:
         """The rows that have no answer yet."""
-        return [row for row in range(len(self.rows)) if row not in self.done]
+        return list(range(self.answered, len(self.rows)))
 
     def begin(self, facts: dict) -> None:
         """Write down how the answers are made: `facts`, and what must be the same when others are added."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.done:
-            self._sort()
-        else:
-            self.path.unlink(missing_ok=True)  # it has half a line at most
         with atomic_write(self.run_path) as new:
             new.write_text(json.dumps({**facts, **self.facts}, indent=2, ensure_ascii=False), encoding="utf-8")
 
-    def __enter__(self) -> AnswersFile:
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self.done:
-            self._sort()
-
-    def add(self, answers: Dict[int, Tuple[str, bool]]) -> None:
-        """Append the answers to some rows: all of them or, after an error, none."""
-        self.done.update(answers)
-        size = self.path.stat().st_size if self.path.exists() else 0
+    def add(self, answers: Iterable[Tuple[str, bool]]) -> None:
+        """Append the answers to the next rows, (text, whether it ended). After an error all lines are complete."""
+        lines = []
+        for row, (answer, ended) in zip(self.rows[self.answered :], answers):
+            lines.append(json.dumps({**row, "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")
+            self.ended += ended
+        content = "".join(lines).encode("utf-8", "backslashreplace")  # JSON's own form of a lone surrogate
         try:
             with open(self.path, "ab") as file:
-                file.write(self._lines(answers))
+                file.write(content)
             fsync(self.path)
         except BaseException:  # a full disk, Ctrl-C
-            os.truncate(self.path, size)
+            self._drop_half_line()
             raise
-
-    def _sort(self) -> None:
-        with atomic_write(self.path) as new:
-            new.write_bytes(self._lines(sorted(self.done)))
-
-    def _lines(self, rows: Iterable[int]) -> bytes:
-        lines = []
-        for row in rows:
-            answer, ended = self.done[row]
-            lines.append(json.dumps({**self.rows[row], "answer": answer, "ended": ended}, ensure_ascii=False) + "\n")
-        return "".join(lines).encode("utf-8", "backslashreplace")  # JSON's own form of a lone surrogate
+        self.answered += len(lines)
 
     def _require_same_run(self) -> None:
         try:
@@ -226,41 +210,42 @@ class AnswersFile:
                 "--save-path."
             ) from None
         new = self.facts["options"]
-        changed = [name for name in SAME_OPTIONS if old.get(name) != new.get(name)]
-        if "seed" in changed and not new["temperature"]:
-            changed.remove("seed")  # nothing is sampled
-        reasons = [f"--{name.replace('_', '-')} was {old.get(name)} and is {new.get(name)}" for name in changed]
-        for fact, option, reason in (
-            ("sha256", "prompt_file", "which has different content"),
-            ("model", "model_name_or_path", "which has different weights"),
-        ):
-            if before.get(fact) != self.facts[fact]:
-                name = option.replace("_", "-")
-                reasons.insert(0, f"--{name} was {old.get(option)} and is {new[option]}, {reason}")
+        reasons = []
+        if before.get("model") != self.facts["model"]:
+            reasons.append(f"--model-name-or-path {new['model_name_or_path']} has different weights")
+        if before.get("sha256") != self.facts["sha256"]:
+            reasons.append(f"--prompt-file {new['prompt_file']} has different content")
+        for name in SAME_OPTIONS:
+            nothing_is_sampled = name == "seed" and not new["temperature"]
+            if old.get(name) != new.get(name) and not nothing_is_sampled:
+                reasons.append(f"--{name.replace('_', '-')} was {old.get(name)} and is {new.get(name)}")
         if reasons:
             raise UserError(
                 f"{self.path} has answers made with other options: {'; '.join(reasons)}. Use the same options to "
                 "answer the other rows, or choose another --save-path."
             )
 
-    def _read(self) -> None:
-        """Find the row of each line by the fields that the two have in common."""
-        rows: Dict[str, List[int]] = {}
-        for row in reversed(range(len(self.rows))):
-            rows.setdefault(_key(self.rows[row]), []).append(row)  # equal rows are taken from the end, in order
-        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            if not line.endswith(b"\n"):  # the machine went off while it was written
-                break
+    def _drop_half_line(self) -> None:
+        """Remove what stands behind the last line break: the writing was interrupted there."""
+        if self.path.exists():
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
+
+    def _count_lines(self) -> None:
+        """Count the lines, each of which must be the answer to its row."""
+        self._drop_half_line()
+        for line in self.path.read_bytes().splitlines():
             try:
                 fields = json.loads(line)
-                answer = fields.pop("answer"), fields.pop("ended")
-                self.done[rows[_key(fields)].pop()] = answer
+                del fields["answer"]
+                ended = fields.pop("ended")
+                is_right = fields == self.rows[self.answered]
             except (ValueError, TypeError, AttributeError, KeyError, IndexError):
+                is_right = False
+            if not is_right:
                 raise UserError(
-                    f"{self.path}, line {number} is not an answer to a row of {self.facts['options']['prompt_file']}. "
-                    "Delete that line, and its row is answered again; or choose another --save-path."
-                ) from None
-
-
-def _key(fields: dict) -> str:
-    return json.dumps(fields, sort_keys=True)
+                    f"{self.path}, line {self.answered + 1} is not the answer to that row of "
+                    f"{self.facts['options']['prompt_file']}. Delete this line and those below it, or choose another "
+                    "--save-path."
+                )
+            self.answered += 1
+            self.ended += bool(ended)

@@ -85,17 +85,18 @@ def answer_rows(
     batch in `answers`, a dataset.questions.AnswersFile, as soon as it is done. `ends` as in answer_ids.
     """
     ends = list(ends) or [tokenizer.eos_token_id]
-    batches = _of_like_length(prompts, args.batch_rows)
-    if answers.done:
-        print(f"Continuing: {len(answers.done)} of {len(answers.rows)} rows are answered in {answers.path}", flush=True)
+    rows = list(prompts)
+    batches = [rows[start : start + args.batch_rows] for start in range(0, len(rows), args.batch_rows)]
+    total = len(answers.rows)
+    if answers.answered:
+        print(f"Continuing: {answers.answered} of {total} rows are answered in {answers.path}", flush=True)
     answers.begin(run_facts(vars(args), {}, device.name))
-    with answers, explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
-        for rows in with_progress(batches, len, "answers", len(answers.rows), len(answers.done)):
-            some = [prompts[row] for row in rows]
+    with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
+        for batch in with_progress(batches, len, "answers", total, answers.answered):
+            some = [prompts[row] for row in batch]
             found = answer_ids(model, tokenizer, some, args.max_new_tokens, ends, args.temperature)
-            answers.add({row: text_and_end(tokenizer, ids, ends) for row, ids in zip(rows, found)})
-    ended = sum(ended for _, ended in answers.done.values())
-    print(f"Answers saved in {answers.path}: {len(answers.done)} rows, {ended} ended by themselves")
+            answers.add([text_and_end(tokenizer, ids, ends) for ids in found])
+    print(f"Saved {answers.answered} answers in {answers.path} ({answers.ended} ended with a stop token)")
 
 
 def _of_like_length(prompts: Dict[int, List[int]], at_once: int) -> List[List[int]]:
