@@ -75,15 +75,17 @@ class ChatTemplate:
         self.swapped: Dict[str, str] = {}  # {control token: marker} and {marker: control token}
         self.original_ids: Dict[str, int] = {}  # {marker: id of its control token}
         self.end_ids: Dict[str, int] = {}  # {marker or text: id} of the tokens that may end an answer
+        markers = []
         for token_id, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items():
             if token.special and token.content:
                 marker = MARKER.format(token_id)
                 self.swapped.update({token.content: marker, marker: token.content})
                 self.original_ids[marker] = self.end_ids[marker] = token_id
                 flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
-                self.raw_tokenizer.add_tokens([AddedToken(marker, normalized=False, **flags)])
-            elif token.content.strip():
+                markers.append(AddedToken(marker, normalized=False, **flags))
+            elif token.content.strip() and token.content in str(tokenizer.chat_template):
                 self.end_ids[token.content] = token_id  # some models end a turn with a token that is not special
+        self.raw_tokenizer.add_tokens(markers)  # all at once: each call builds the tokenizer's automaton again
         longest_first = sorted(map(re.escape, self.swapped), key=len, reverse=True)
         self.names = re.compile("|".join(longest_first))
 

@@ -86,8 +86,9 @@ def chat(row: dict) -> Conversation:
 
 # Each turn is a row of the training, from bos to the end token, because the model has seen no other format. A system
 # text is put before the next question.
-TURNS = r"""
-{%- set system = namespace(text="") %}
+START = r"""{%- set bos = BOS %}
+{%- set space = SPACE %}"""
+TURNS = r"""{%- set system = namespace(text="") %}
 {%- for message in messages %}
     {%- if message["role"] in ["system", "developer"] %}
         {%- set system.text = system.text + message["content"] + "\n\n" %}
@@ -117,5 +118,5 @@ def jinja_template(template: Callable, tokenizer) -> str:
     # SentencePiece puts a space before a text, but most of its tokenizers put none after a special token.
     joined = tokenizer(bos + "a", add_special_tokens=False)["input_ids"]
     space = "" if joined == before + plain else " "
-    filled = {"bos": json.dumps(bos, ensure_ascii=False), "space": json.dumps(space)}
-    return "\n".join(f"{{%- set {name} = {value} %}}" for name, value in filled.items()) + template.jinja + TURNS[1:]
+    start = START.replace("BOS", json.dumps(bos, ensure_ascii=False)).replace("SPACE", json.dumps(space))
+    return start + template.jinja + TURNS

@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 from copy import deepcopy
-from datetime import datetime
 from itertools import groupby
 
 import pytest
@@ -30,11 +29,10 @@ DEFAULT_SYSTEM = (
 )
 STRIPS = CHATML.replace("m.content", "(m.content | trim)")
 HEADERS = (
-    "{{ bos_token }}DATE{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + "
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + "
     "m.content | trim + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-DATE = "{{ 'Today: ' + (strftime_now('%d %b %Y') if strftime_now is defined else '26 Jul 2024') + '\n' }}"
 ALTERNATE = (
     "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Roles must alternate user/assistant/user/assistant!') }}{% endif %}"
@@ -69,8 +67,7 @@ TEMPLATES = {
     "chatml": ("smollm2", CHATML),
     "default system": ("smollm2", DEFAULT_SYSTEM),
     "strips": ("smollm2", STRIPS),
-    "headers": (HEADERS_OF, HEADERS.replace("DATE", "")),
-    "date": (HEADERS_OF, HEADERS.replace("DATE", DATE)),
+    "headers": (HEADERS_OF, HEADERS),
     "inst": ("mistral", INST),
     "gemma": ("gemma", GEMMA),
     "thinks": ("smollm2", THINKS),
@@ -79,7 +76,7 @@ TEMPLATES = {
 }
 REWRITES = ("thinks", "asks to think")  # where a thought is there
 NO_SYSTEM = ("inst", "gemma")
-TRIMS = ("strips", "headers", "date", "gemma")
+TRIMS = ("strips", "headers", "gemma")
 BYTES = ("smollm2", "llama3", "llama3_1")
 # how an answer ends, and what stands around its text
 END = {
@@ -268,7 +265,7 @@ def end_is_plain(it):
     ("kind", "template", "change"),
     [
         ("smollm2", CHATML, trims_offsets),
-        ("llama3", HEADERS.replace("DATE", "").replace(" | trim", ""), trims_offsets),
+        ("llama3", HEADERS.replace(" | trim", ""), trims_offsets),
         ("smollm2", CHATML, strips_around),
         ("smollm2", CHATML, holes),
         ("mistral", INST, metaspace),
@@ -338,13 +335,6 @@ def test_tools_and_system_carry_no_loss_and_a_call_does(stand_ins):
         "Tools: weather\n<|im_start|>system\ns<"
     )
     assert made.ids.count(tokenizer.eos_token_id) == 5
-
-
-def test_the_date_is_that_of_the_day(with_template):
-    tokenizer = with_template("date")
-    (row,) = encode(tokenizer, talk("a", "b"))
-    day = tokenizer.decode(row.ids).partition("Today: ")[2].partition("\n")[0]
-    assert day in ("26 Jul 2024", datetime.now().strftime("%d %b %Y"))
 
 
 def test_thinking_is_learned_in_the_turn_in_which_it_is_seen(with_template):

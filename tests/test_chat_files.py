@@ -17,7 +17,7 @@ from tests.tutorials import HELD_OUT_ROWS, ROWS
 
 SCRIPTS = sorted(path.name for path in (ROOT / "dataset").glob("prepare_*.py"))
 OWN = "--model-name-or-path ./llama3-8b --block-size 128 --save-path new.pt"
-PLAIN = HEADERS.replace("DATE", "")
+PLAIN = HEADERS
 NO_SYSTEM = GEMMA.replace("<start_of_turn>", "<|start_header_id|>").replace("<end_of_turn>", "<|eot_id|>")
 ENDS_SOME = PLAIN.replace("'<|eot_id|>'", "('<|eot_id|>' if messages[0].content != 'b' else '')")
 PREPARE = f"python dataset/prepare_smollm2_dataset.py {OWN}"
@@ -159,12 +159,12 @@ def test_many_are_the_same_from_any_number_of_processes(processes, ready, warm):
         ),  # its tokens are not those of the tokenizer
         (NO_SYSTEM, [TALKS[0], TALKS[1]], ["talks.jsonl, line 2", "System role", "before the first user message"]),
         (ENDS_SOME, [talk("a", "b"), talk("b", "c")], ["talks.jsonl, line 2", "ends no answer"]),
-        (HEADERS.replace("DATE", "{{ raise_exception('No,\nnever.') }}"), [TALKS[0]], ["chat template", "No, never."]),
+        ("{{ raise_exception('No,\nnever.') }}" + HEADERS, [TALKS[0]], ["chat template", "No, never."]),
         ("{% for m in messages %}", [TALKS[0]], ["chat template", "llama3-8b"]),
         (None, [TALKS[0], [{"role": "bot", "content": "a"}]], ["talks.jsonl, line 2", "'bot'"]),
         (None, [TALKS[0], [{"role": "user", "content": [{"type": "text"}]}]], ["line 2", "message 1", "list of parts"]),
         (None, [talk("a")], ["talks.jsonl", "no rows with an answer"]),
-        (None, [talk("a", "b", system="long " * 200)], ["line 1", "--block-size 128 leaves no room", "--block-size"]),
+        (None, [talk("a", "b", system="long " * 200)], ["line 1", "--block-size 128 leaves no room"]),
     ],
 )
 def test_conversations_that_cannot_be_used(template, rows, said, ready, warm):
