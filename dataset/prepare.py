@@ -154,7 +154,7 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
 def encode_chunks(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[List[List[Encoded]]]:
     """What `encoder` makes of the rows, some of them at a time, in their order; with a process on each core.
 
-    Processes are faster than the threads of the tokenizer, which wait for each other at the end of each chunk.
+    On a busy machine they are faster than the threads of the tokenizer, which wait for each other after each chunk.
     """
     iterator = iter(rows)
     chunks = iter(lambda: list(islice(iterator, ROWS_PER_CHUNK)), [])
