@@ -245,7 +245,7 @@ def test_a_disk_that_fills_up_in_the_middle(download, tmp_path):
     with HubServer({REPO: repo}, sizes={REPO: {"model.safetensors": 1000}}) as hub:
         run = download(hub, REPO, "disk/dir", before=small_disk(tmp_path / "disk", "2m"))
         error = error_of(run, clean=False)
-        assert "the disk of disk/dir is full" in error and "run the same command again" in error
+        assert "cannot write disk/dir: No space left on device" in error and "run the same command again" in error
 
 
 def test_complete_files_need_no_disk_a_second_time(download, tmp_path):
@@ -412,11 +412,6 @@ HEADERS = [b"not json ", b"[1, 2]", b'{"a": 1}', b'{"a": {"data_offsets": []}}',
 def test_a_shard_that_is_something_else(model_dir, data):
     (model_dir / "model-00001-of-00002.safetensors").write_bytes(data)
     amiss(model_dir, "model-00001-of-00002.safetensors", "truncated or damaged")
-
-
-def test_a_tensor_that_its_shard_lacks(model_dir):
-    (model_dir / "model-00001-of-00002.safetensors").write_bytes(safetensors(a=3000))
-    amiss(model_dir, "model-00001-of-00002.safetensors", "lacks the tensor b")
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"weight_map": 3}', b'{"weight_map": {"a": ', b"\xff"])

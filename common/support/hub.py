@@ -128,7 +128,8 @@ def _explain(error: Exception, repo_id: str, save_dir: str, token: Optional[str]
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if disk_problem(error):
-        return f"the disk of {save_dir} is full: free disk space, then {AGAIN}"
+        problem = disk_problem(error)
+        return f"cannot write {save_dir}: {problem}. Free disk space or choose another --save-dir, then {AGAIN}"
     if status == 401 and (token or get_token()):
         return (
             "the hub does not know the token (from --token, HF_TOKEN or an earlier login): "
