@@ -221,15 +221,6 @@ def test_too_little_disk_is_said_before_anything_comes(download, tmp_path):
         assert hub.downloaded() == set() and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("name", ["file", "file/dir"])
-def test_a_file_in_the_place_of_the_directory(download, tmp_path, name):
-    (tmp_path / "file").write_text("mine")
-    with HubServer({REPO: MODEL}) as hub:
-        error = error_of(download(hub, REPO, name))
-        assert f"{tmp_path / 'file'} is a file" in error and "--save-dir" in error
-        assert (tmp_path / "file").read_text() == "mine"
-
-
 def small_disk(directory, size):
     """The beginning of a command that runs with a disk of its own mounted on `directory`. The mount ends with it."""
     directory.mkdir()
@@ -322,7 +313,7 @@ def test_ctrl_c_or_sigterm_stops_at_once(download, tmp_path, first, number):
         run.send_signal(number)
         out, err = run.communicate(timeout=10)
         assert run.returncode == 128 + number and "Traceback" not in err
-        assert err.splitlines()[-1].startswith("Interrupted. Complete files are kept")
+        assert err.splitlines()[-1] == "Interrupted. Run the same command again to continue."
         assert files_in(tmp_path / "new" / "dir") == {first}
 
 

@@ -35,15 +35,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
-def _number(kind, least, exclusive: bool = False):
-    """An argparse type: a finite number of `kind` that is `least` or more, or with `exclusive` more than `least`."""
-    bound = f"more than {least}" if exclusive else f"{least} or more"
+def _number(kind, least):
+    """An argparse type: a finite number of `kind` that is `least` or more."""
 
     def parse(text: str):
         value = kind(text)
-        too_small = value <= least if exclusive else not value >= least  # NaN is neither
-        if too_small or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}, and finite")
+        if not (value >= least and math.isfinite(value)):  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least} or more, and finite")
         return value
 
     parse.__name__ = kind.__name__  # argparse shows it where `text` is no number
@@ -53,7 +51,7 @@ def _number(kind, least, exclusive: bool = False):
 positive_int = _number(int, 1)
 non_negative_int = _number(int, 0)
 non_negative_float = _number(float, 0)
-positive_float = _number(float, 0, exclusive=True)
+positive_float = _number(float, 0.001)
 
 TRACKERS = {"tensorboard": "tensorboard.summary.writer.event_file_writer", "wandb": "wandb"}
 
@@ -71,14 +69,10 @@ def _tracker(name: str) -> str:
 
 def add_bits(group, help: str) -> None:
     """`args.bits`: 4 or 8, or 0 for a model that is not quantized; None where none of the options is given."""
-    choice = group.add_mutually_exclusive_group()
-
-    def add(name, bits, help):
-        choice.add_argument(name, dest="bits", action="store_const", const=bits, help=help)
-
-    add("--load-in-4bit", 4, help)
-    add("--load-in-8bit", 8, "the same in 8 bit")
-    add("--no-quantization", 0, "neither 4 nor 8 bit")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--load-in-4bit", dest="bits", action="store_const", const=4, help=help)
+    add("--load-in-8bit", dest="bits", action="store_const", const=8, help="the same in 8 bit")
+    add("--no-quantization", dest="bits", action="store_const", const=0, help="neither 4 nor 8 bit")
 
 
 # ------------------------------------------------------------------------------------------------ download_*, prepare_*

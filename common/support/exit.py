@@ -48,15 +48,13 @@ def run(main: Callable[[], None]) -> None:
     # Line by line, so that our own print meets a closed pipe (`| head`), and not a library that hides the error.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(number, _terminate)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     stderr = sys.stderr
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     status = 0
-    interrupted = False
     try:
         main()
         _leave_group()
@@ -66,8 +64,7 @@ def run(main: Callable[[], None]) -> None:
             status = _report(error)
         except BrokenPipeError:  # `2>&1 | head`
             status = CLOSED_PIPE
-        interrupted = isinstance(error, KeyboardInterrupt)
-    _end(status, interrupted)
+    _end(status)
 
 
 def _terminate(number, _) -> None:
@@ -90,10 +87,10 @@ def _report(error: BaseException) -> int:
         return error.code or 0  # --help
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         # Under torchrun all ranks get Ctrl-C, and all get SIGTERM when one has failed, which torchrun reports.
-        is_rank_that_prints = _rank() == 0 if isinstance(error, KeyboardInterrupt) else world_size() == 1
-        if is_rank_that_prints:
+        is_ctrl_c = isinstance(error, KeyboardInterrupt)
+        if world_size() == 1 or (is_ctrl_c and _rank() == 0):
             print(f"\n{INTERRUPTED}", file=sys.stderr)
-        return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else error.code
+        return 128 + signal.SIGINT if is_ctrl_c else error.code
 
     message = _one_line(error)
     line = f"error: {message}" if message else "".join(traceback.format_exception(None, error, error.__traceback__))
@@ -185,7 +182,7 @@ def install_hint(module: str) -> str:
     return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
 
 
-def _end(status: int, interrupted: bool) -> None:
+def _end(status: int) -> None:
     """End the process with `status`; with another one where the output cannot be written."""
     atexit._run_exitfuncs()
     # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
@@ -198,10 +195,6 @@ def _end(status: int, interrupted: bool) -> None:
         at_once = True
     if at_once:
         os._exit(status)
-    if interrupted and os.name == "posix":
-        # Die by the signal itself, so that a shell loop around the script stops as well.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 

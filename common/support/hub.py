@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import List, Optional
 
 from common.support.compat import load_mapped
-from common.support.exit import UserError, disk_problem, first_line
+from common.support.exit import INTERRUPTED, UserError, disk_problem, first_line
 from common.support.files import fsync, require_disk_space, require_writable
 from common.support.model_dir import check_weights, read_header, write_origin
 
@@ -62,7 +62,7 @@ def download_model(repo_id: str, save_dir: str, token: Optional[str] = None, con
 
 def _stop_at_once(number, _):
     """End the process at Ctrl-C or SIGTERM. The library would first finish all running transfers, many GB."""
-    os.write(2, b"\nInterrupted. Complete files are kept. Run the same command again to continue.\n")
+    os.write(2, f"\n{INTERRUPTED}\n".encode())
     os._exit(128 + number)
 
 
