@@ -152,7 +152,7 @@ def test_a_prompt_file_that_is_no_utf_8_text(content, ready, refused):
 
 def test_a_prompt_file_of_a_byte_order_mark_alone_is_empty(ready, refused):
     (ready / "text.txt").write_bytes(codecs.BOM_UTF8)
-    refused(ASK, "--prompt-file", "text.txt", tells_of=["text.txt is empty"])
+    refused(ASK, "--prompt-file", "text.txt", tells_of=["text.txt can't be read or is empty"])
 
 
 @pytest.mark.parametrize("name", ["mine.jsonl", "mine.json", "mine.csv"])

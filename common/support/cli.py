@@ -340,5 +340,5 @@ def _text_of_file(path: str, parser: Parser) -> str:
     except (OSError, ValueError) as error:
         parser.error(f"--prompt-file {path} can't be read, save it as UTF-8 text: {error}")
     if not text or "\0" in text:
-        parser.error(f"--prompt-file {path} is empty or can't be read, save it as UTF-8 text")
+        parser.error(f"--prompt-file {path} can't be read or is empty: save it as UTF-8 text")
     return text
