@@ -244,9 +244,9 @@ def test_options_that_contradict(words, tells_of, refused):
 def test_an_adapter_of_another_kind(work, refused):
     file = work / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**config_of(work / "adapter"), "peft_type": "IA3"}))
-    refused(f"{TRAIN} {GO_ON}", tells_of=["./adapter is of type IA3", "only LoRA"])
+    refused(f"{TRAIN} {GO_ON}", tells_of=["adapter_config.json is not of LoRA", "train the adapter again"])
     file.write_text(json.dumps({**config_of(work / "adapter"), "peft_type": "LORA", "r": "many"}))
-    refused(f"{TRAIN} {GO_ON}", tells_of=["adapter_config.json is damaged", "train the adapter again"])
+    refused(f"{TRAIN} {GO_ON}", tells_of=["adapter_config.json", "is damaged: train the adapter again"])
 
 
 def test_a_base_of_other_weights_and_one_that_is_gone(work, refused):

@@ -24,12 +24,6 @@ class Parser(argparse.ArgumentParser):
             if re.search("[\ud800-\udfff]", word):  # bytes in another encoding
                 self.error(f"{word!r} is not UTF-8 text: set the terminal to UTF-8, or rename the file")
 
-    def set_defaults(self, **defaults):
-        unknown = set(defaults) - {action.dest for action in self._actions}
-        if unknown:  # argparse would take a mistyped name for a new one
-            raise TypeError(f"{self.prog} has no option for the default {min(unknown)}")
-        super().set_defaults(**defaults)
-
     def error(self, message: str):
         raise UserError(f"{message}. The options: python {sys.argv[0]} --help")
 
@@ -41,15 +35,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
 
-def _number(kind, least, exclusive: bool = False):
-    """An argparse type: a finite number of `kind` that is `least` or more, or with `exclusive` more than `least`."""
-    bound = f"more than {least}" if exclusive else f"{least} or more"
+def _number(kind, least):
+    """An argparse type: a finite number of `kind` that is `least` or more."""
 
     def parse(text: str):
         value = kind(text)
-        too_small = value <= least if exclusive else not value >= least  # NaN is neither
-        if too_small or not math.isfinite(value):
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}, and finite")
+        if not (value >= least and math.isfinite(value)):  # NaN is neither
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {least} or more, and finite")
         return value
 
     parse.__name__ = kind.__name__  # argparse shows it where `text` is no number
@@ -59,7 +51,7 @@ def _number(kind, least, exclusive: bool = False):
 positive_int = _number(int, 1)
 non_negative_int = _number(int, 0)
 non_negative_float = _number(float, 0)
-positive_float = _number(float, 0, exclusive=True)
+positive_float = _number(float, 0.001)
 
 TRACKERS = {"tensorboard": "tensorboard.summary.writer.event_file_writer", "wandb": "wandb"}
 
@@ -77,14 +69,10 @@ def _tracker(name: str) -> str:
 
 def add_bits(group, help: str) -> None:
     """`args.bits`: 4 or 8, or 0 for a model that is not quantized; None where none of the options is given."""
-    choice = group.add_mutually_exclusive_group()
-
-    def add(name, bits, help):
-        choice.add_argument(name, dest="bits", action="store_const", const=bits, help=help)
-
-    add("--load-in-4bit", 4, help)
-    add("--load-in-8bit", 8, "the same in 8 bit")
-    add("--no-quantization", 0, "neither 4 nor 8 bit")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--load-in-4bit", dest="bits", action="store_const", const=4, help=help)
+    add("--load-in-8bit", dest="bits", action="store_const", const=8, help="the same in 8 bit")
+    add("--no-quantization", dest="bits", action="store_const", const=0, help="neither 4 nor 8 bit")
 
 
 # ------------------------------------------------------------------------------------------------ download_*, prepare_*
@@ -181,7 +169,7 @@ def _add_data_options(parser: Parser) -> None:
     add("--model-name-or-path", help="directory of the model to fine-tune")
     add("--dataset-name-or-path", help="dataset file written by prepare_*")
     spellings = ("--save-dir", "--save-model-dir", "--save-path", "--model-save-path")
-    add(*spellings, dest="save_dir", help="directory for the trained model, its log and its loss curve")
+    add(*spellings, help="directory for the trained model, its log and its loss curve")
     add("--block-size", type=positive_int, default=1024, help="maximum tokens per example")
     add("--train-on-prompt", action="store_true", help="compute the loss on the prompt too, not on the answer alone")
 
@@ -201,8 +189,7 @@ def _add_training_options(parser: Parser, lr: float, lora_lr: float, epochs: int
     add("--max-grad-norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0: do not clip")
     add("--seed", type=int, default=0, help="of the order of examples, of new weights, and of dropout")
     add_switch(group, "deterministic", True, "the same seed gives the same result, bit by bit, on one machine")
-    skip = "steps with a NaN or infinite loss that may be skipped"
-    add("--skip-nonfinite", type=non_negative_int, default=0, help=skip)
+    add("--skip-nonfinite", type=non_negative_int, default=0, help="steps with a NaN loss that may be skipped")
 
 
 LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": ["all-linear"]}
@@ -211,9 +198,7 @@ LORA_DEFAULTS = {"lora_r": 16, "lora_alpha": 16, "lora_dropout": 0.0, "lora_targ
 def _add_memory_options(parser: Parser, bits: int) -> None:
     group = parser.add_argument_group("LoRA and memory")
     add = group.add_argument
-    tokens = (
-        "tokens per forward and backward pass; fewer need less memory; 0: 4096, on a CPU 1024, or fewer if that fits"
-    )
+    tokens = "tokens per forward and backward pass; fewer need less memory; 0: 4096, on a CPU 1024, or what fits"
     add("--micro-batch-tokens", type=non_negative_int, default=0, help=tokens)
     checkpointing = "recompute activations in the backward pass: less memory, slower; auto: where it is needed"
     switch = {"nargs": "?", "const": "on", "choices": ["auto", "on", "off"], "default": "auto"}
@@ -235,8 +220,7 @@ def _add_memory_options(parser: Parser, bits: int) -> None:
 def _add_logging_options(parser: Parser) -> None:
     add = parser.add_argument_group("logging").add_argument
     add("--log-interval", type=positive_int, help="steps between two log lines")
-    held_out = "steps between two held-out losses; 0: only before and after the training"
-    add("--eval-step", type=non_negative_int, default=0, help=held_out)
+    add("--eval-step", type=non_negative_int, default=0, help="steps between two held-out losses; 0: first and last")
     add("--eval-rows", type=non_negative_int, default=256, help="maximum held-out examples; 0: none")
     add("--report-to", type=_tracker, metavar="|".join(TRACKERS), help="where to send the log too, as curves")
 
@@ -279,15 +263,13 @@ def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
             f"{adapter} is an adapter. Add --use-lora to continue its training. To train all weights, merge it with "
             f"its base model first: python tutorial/merge_adapter.py --model-name-or-path {adapter}"
         )
-    config = source.adapter_config
-    if config.get("peft_type") != "LORA":
-        raise UserError(f"The adapter {adapter} is of type {config.get('peft_type')}: only LoRA can be trained here.")
     for name in ("lora_r", "lora_alpha", "lora_target_modules"):
         if getattr(args, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is for a new adapter, and {adapter} is one already, which is trained "
                 "further. Leave the option out, or train a new adapter on its base model."
             )
+    config = source.adapter_config
     layers = config.get("target_modules")
     if not isinstance(layers, list) or config.get("target_parameters"):
         layers = LORA_DEFAULTS["lora_target_modules"]  # only all-linear makes an expression, or adapts experts
@@ -298,8 +280,8 @@ def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
         "lora_target_modules": source.run.get("options", {}).get("lora_target_modules") or sorted(layers),
         "bits": int(source.adapter_facts.get("base_bits", 0)),
     }
-    if not all(isinstance(values[name], (int, float)) for name in ("lora_r", "lora_alpha", "lora_dropout")):
-        raise UserError(f"{adapter}/adapter_config.json is damaged: train the adapter again")
+    if config.get("peft_type") != "LORA" or not isinstance(values["lora_r"], int):
+        raise UserError(f"{adapter}/adapter_config.json is not of LoRA or is damaged: train the adapter again")
     return values
 
 
@@ -343,8 +325,6 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
     add("--seed", type=int, default=0, help="for sampling")
     add_bits(parser, "load the model, or the adapter's base model, in 4 bit")
     args = parser.parse_args()
-    if args.prompt is not None and not args.prompt.strip():
-        parser.error("--prompt is empty: give it a text, or leave it out for the script's own sample")
     if args.save_path and not args.prompt_file:
         parser.error(f"--save-path {args.save_path} is for the answers to a file of prompts: give --prompt-file")
     if args.prompt_file and not args.save_path:
@@ -359,8 +339,6 @@ def _text_of_file(path: str, parser: Parser) -> str:
         text = Path(path).read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
         parser.error(f"--prompt-file {path} can't be read, save it as UTF-8 text: {error}")
-    if "\0" in text:
-        parser.error(f"--prompt-file {path} can't be read, save it as UTF-8 text: it has zero bytes, as UTF-16 does")
-    if not text:
-        parser.error(f"--prompt-file {path} is empty: give a file with a text")
+    if not text or "\0" in text:
+        parser.error(f"--prompt-file {path} can't be read or is empty: save it as UTF-8 text")
     return text

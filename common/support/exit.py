@@ -48,15 +48,13 @@ def run(main: Callable[[], None]) -> None:
     # Line by line, so that our own print meets a closed pipe (`| head`), and not a library that hides the error.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace", line_buffering=True)
-    if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(number, _terminate)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _terminate)
     stderr = sys.stderr
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     status = 0
-    interrupted = False
     try:
         main()
         _leave_group()
@@ -66,8 +64,7 @@ def run(main: Callable[[], None]) -> None:
             status = _report(error)
         except BrokenPipeError:  # `2>&1 | head`
             status = CLOSED_PIPE
-        interrupted = isinstance(error, KeyboardInterrupt)
-    _end(status, interrupted)
+    _end(status)
 
 
 def _terminate(number, _) -> None:
@@ -80,96 +77,64 @@ def _terminate(number, _) -> None:
 
 
 def _report(error: BaseException) -> int:
-    """Print one line about `error`, on one rank; the exit status."""
+    """Print one line about `error`; the exit status. Of several ranks that meet the same error, rank 0 prints it."""
     # torch.save, once interrupted, raises a RuntimeError of its own
-    if isinstance(error, RuntimeError) and isinstance(error.__context__, (OSError, KeyboardInterrupt, SystemExit)):
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, (KeyboardInterrupt, SystemExit)):
         error = error.__context__
-    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
-        return _status_of_exit(error)
     if isinstance(error, BrokenPipeError):
         return CLOSED_PIPE
-    peer_failed = is_peer_failure(error)
-    if world_size() > 1 and not _is_my_turn_to_print(error, peer_failed):
-        return _status_of(error)
-    if peer_failed:
-        line = "error: another process failed; see torchrun's report (Root Cause) below."
-    elif isinstance(error, (KeyboardInterrupt, Terminated)):
-        line = f"\n{INTERRUPTED}"
-    else:
-        message = _one_line(error)
-        lines = traceback.format_exception(type(error), error, error.__traceback__)
-        line = f"error: {message}" if message else "".join(lines).rstrip()
-    if _rank() > 0:
+    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+        return error.code or 0  # --help
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        # Under torchrun all ranks get Ctrl-C, and all get SIGTERM when one has failed, which torchrun reports.
+        is_ctrl_c = isinstance(error, KeyboardInterrupt)
+        if world_size() == 1 or (is_ctrl_c and _rank() == 0):
+            print(f"\n{INTERRUPTED}", file=sys.stderr)
+        return 128 + signal.SIGINT if is_ctrl_c else error.code
+
+    message = _one_line(error)
+    line = f"error: {message}" if message else "".join(traceback.format_exception(None, error, error.__traceback__))
+    if _rank() > 0 or is_peer_failure(error):
+        time.sleep(3)  # torchrun ends all ranks as soon as one has failed: a rank that is still alive is alone
         line = f"\n{line}"  # the progress bar of rank 0 may stand in this line of the terminal
-    print(without_secrets(line), file=sys.stderr)
-    return _status_of(error)
-
-
-def _status_of_exit(error: SystemExit) -> int:
-    """As Python does it: None is 0, and anything but a number is printed."""
-    if error.code is None or isinstance(error.code, int):
-        return error.code or 0
-    print(without_secrets(str(error.code)), file=sys.stderr)
-    return 1
-
-
-def _status_of(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    if isinstance(error, Terminated):
-        return error.code
-    return 2 if _one_line(error) else 1
+    print(without_secrets(line.rstrip()), file=sys.stderr)
+    return 2 if message else 1
 
 
 def _one_line(error: BaseException) -> str:
     """What to print of an error that a user can do something about; "" for an error in our code."""
-    path = getattr(error, "filename", None) or "a file"
     if isinstance(error, UserError):
         return str(error)
+    if is_peer_failure(error):
+        return "another process failed; see torchrun's report (Root Cause) below."
     if is_out_of_memory(error):
         return f"Out of memory ({short_message(error, 120)}). Close other programs or use a larger machine."
     if isinstance(error, ModuleNotFoundError) and error.name and requirements_file_for(error.name):
         return install_hint(error.name)
     if disk_problem(error):
+        path = getattr(error, "filename", None) or "a file"
         return f"Cannot write {path}: {disk_problem(error)}. Free disk space or choose another path."
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS):
-        return f"Cannot write {path}: {error.strerror}. Choose another path."
     return ""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device's memory, or the main memory, was full: torch says so in several ways."""
-    signs = (
-        "out of memory",
-        "DefaultCPUAllocator",
-        "an't allocate memory",
-        "annot allocate memory",
-        "bad_alloc",
-        "could not create a primitive",  # oneDNN
-        "could not create a memory",
-    )
+    """Whether a device's memory, or the main memory, was full: torch and oneDNN say so in several ways."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    signs = "out of memory|DefaultCPUAllocator|an't allocate memory|annot allocate memory|bad_alloc"
+    signs += "|could not create a primitive|could not create a memory"
+    return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
 
 
 def disk_problem(error: Optional[BaseException]) -> str:
-    """What is wrong with a disk that takes no more data, whatever library reports it; "" for any other error."""
-    if error is None:
-        return ""
-    # torch.distributed.checkpoint collects the errors of all ranks
-    causes = [error.__context__, *(failure[0] for failure in getattr(error, "failures", {}).values())]
-    for cause in causes:
-        if disk_problem(cause):
-            return disk_problem(cause)
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        reason = os.strerror(number)
-        # safetensors and tokenizers report an error of Rust, torch its own text
-        texts = rf"\(os error {number}\)|Os {{ code: {number},|failed with {reason}"
-        if getattr(error, "errno", None) == number or re.search(texts, str(error)):
-            return reason
-    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
-        return os.strerror(errno.ENOSPC)  # torch.save does not say why it could not write
+    """What is wrong with a disk that cannot be written, whatever library reports it; "" for any other error."""
+    while error is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            if os.strerror(number) in str(error):
+                return os.strerror(number)
+        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
+            return os.strerror(errno.ENOSPC)  # torch.save does not say why it could not write
+        error = error.__context__
     return ""
 
 
@@ -217,28 +182,19 @@ def install_hint(module: str) -> str:
     return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
 
 
-def _end(status: int, interrupted: bool) -> None:
-    """End the process with `status`; another one where nobody reads the output (a closed pipe) or the disk is full."""
+def _end(status: int) -> None:
+    """End the process with `status`; with another one where the output cannot be written."""
     atexit._run_exitfuncs()
     # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
     at_once = status == CLOSED_PIPE or world_size() > 1
     try:
         sys.stderr.flush()
         sys.stdout.flush()
-    except BrokenPipeError:
-        status = CLOSED_PIPE
-        at_once = True
-    except OSError as error:
-        if status == 0:  # else it has been reported
-            os.write(2, f"error: Cannot write the output: {error.strerror}. Choose another path.\n".encode())
-        status = 2
+    except OSError as error:  # a closed pipe, or a full disk
+        status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
         at_once = True
     if at_once:
         os._exit(status)
-    if interrupted and os.name == "posix":
-        # Die by the signal itself, so that a shell loop around the script stops as well.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 
@@ -297,31 +253,10 @@ def world_size() -> int:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Whether the error says that another rank is gone."""
-    if world_size() == 1:
-        return False
-    if any(is_peer_failure(failure[0]) for failure in getattr(error, "failures", {}).values()):
-        return True
-    signs = "closed by peer|reset by peer|Broken pipe|[gG]loo|NCCL|TCPStore"
-    by_torch = type(error).__name__.startswith("Dist") or re.search(signs, str(error))
-    return isinstance(error, RuntimeError) and bool(by_torch)
-
-
-def _is_my_turn_to_print(error: BaseException, peer_failed: bool) -> bool:
-    """Whether this rank prints the error: rank 0 where all ranks meet it, else the one that does.
-
-    torchrun ends all other ranks as soon as one has failed. So a rank that is still alive after a while is alone with
-    its error.
-    """
-    if isinstance(error, Terminated):
-        return False  # torchrun says which rank failed
-    if isinstance(error, KeyboardInterrupt):
-        return _rank() == 0  # torchrun hands Ctrl-C to all ranks
-    if peer_failed:
-        time.sleep(5)
-        return _rank() == 0
-    if _rank() > 0:
-        time.sleep(2 + 0.25 * _rank())
-    return True
+    kind = type(error).__name__
+    by_torch = isinstance(error, RuntimeError) or kind == "CheckpointException"
+    signs = "^Dist|closed by peer|reset by peer|Broken pipe|[gG]loo|NCCL|TCPStore"
+    return world_size() > 1 and by_torch and bool(re.search(signs, f"{kind}: {error}"))
 
 
 def _leave_group() -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import json
 import os
 import re
 import shutil
 import socket
 import tempfile
 import time
-import warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -51,14 +49,12 @@ def require_disk_space(needed: int, directory, what: str) -> None:
 def atomic_write(path, stale: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a temporary path at which to write what shall become the file or the directory `path`.
 
-    When the block ends, the new files are on the disk and take their place. When it ends with an error (Ctrl-C is one),
-    nothing has changed. A file, and a directory that does not exist yet, takes its place by one rename.
+    When the block ends, the new files are on the disk and take their place; when it ends with an error (Ctrl-C is one),
+    nothing has changed. Scratch files may be written next to the yielded path. They are removed.
 
     In a directory that exists, files of the same names are replaced, and those that match a pattern of `stale` are
     removed; all others stay. Its config.json goes first and comes last, so that a process that is killed in between
     leaves no mixture of two models that loads. `stale` checkpoints go after that, so that the run can be resumed.
-
-    Scratch files may be written next to the yielded path. They are removed.
     """
     path = Path(os.path.realpath(path))
     parent = path if path.is_dir() else nearest_existing(path.parent)
@@ -77,35 +73,23 @@ def atomic_write(path, stale: Sequence[str] = ()) -> Iterator[Path]:
 
 def _move_files(new: Path, path: Path, stale: Sequence[str]) -> None:
     """Replace files of the directory `path` by those of `new`, which lies in a scratch directory."""
-    names = [file.name for file in new.iterdir()]
-    old = []
-    for file in path.iterdir():
-        is_stale = any(fnmatch(file.name, pattern) for pattern in stale)
-        if file != new.parent and (is_stale or file.name in names):
-            old.append(file)
+    names = os.listdir(new)
+    old = [name for name in os.listdir(path) if name in names or any(fnmatch(name, pattern) for pattern in stale)]
+    old_checkpoints = [name for name in old if name.startswith("checkpoint-")]
     # A rename is one step, a removal of a directory is not: it happens in the scratch directory.
     removed = new.parent / "removed"
     removed.mkdir()
 
-    def remove(files):
-        for file in files:
-            os.replace(file, removed / file.name)
+    def move(names, source, target):
+        for name in names:
+            os.replace(source / name, target / name)
         fsync(path)
 
-    def move_in(files):
-        for file in files:
-            os.replace(new / file, path / file)
-        fsync(path)
-
-    remove(file for file in old if file.name in CONFIGS)
-    remove(file for file in old if file.name not in CONFIGS and not _is_checkpoint(file))
-    move_in(name for name in names if name not in CONFIGS)
-    move_in(name for name in names if name in CONFIGS)
-    remove(file for file in old if _is_checkpoint(file))
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.is_dir() and path.name.startswith("checkpoint-")
+    move([name for name in old if name in CONFIGS], path, removed)
+    move([name for name in old if name not in CONFIGS and name not in old_checkpoints], path, removed)
+    move([name for name in names if name not in CONFIGS], new, path)
+    move([name for name in names if name in CONFIGS], new, path)
+    move(old_checkpoints, path, removed)
 
 
 def remove_scratch(directory: Path) -> None:
@@ -157,41 +141,25 @@ class Lock:
 
         self.directory = directory
         self.made_directory = not directory.exists()
-        self.holder = directory / ".training.holder.json"  # on Windows nobody can read a file that is locked
+        self.holder = directory / ".training.holder"  # on Windows nobody can read a file that is locked
         self.lock = filelock.FileLock(directory / ".training.lock")
         directory.mkdir(parents=True, exist_ok=True)
+        process = f"process {os.getpid()} on {socket.gethostname()},"
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a file system without locks
-                self.lock.acquire(timeout=1)
+            self.lock.acquire(timeout=1)
         except filelock.Timeout:
-            self._require_own()
+            holder = self.holder.read_text("utf-8") if self.holder.is_file() else ""
+            if holder and not holder.startswith(process):
+                wait = "Wait until it has ended or choose another --save-dir."
+                raise UserError(f"{directory} is locked by {holder}. {wait}") from None
         except (OSError, NotImplementedError):  # a file system without locks
-            with suppress(OSError):
-                Path(self.lock.lock_file).unlink()
+            return
         if isinstance(self.lock, filelock.SoftFileLock):
             self.lock.release()  # filelock's replacement on such a file system would outlive a process that is killed
         if self.lock.is_locked:
             atexit.register(self.release)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            facts = {"process": os.getpid(), "host": socket.gethostname(), "since": since}
-            self.holder.write_text(json.dumps(facts), encoding="utf-8")
-
-    def _require_own(self) -> None:
-        """UserError where another process holds the lock.
-
-        After the second of waiting the holder has written who it is. Where nobody has, the file system has no locks.
-        """
-        try:
-            facts = json.loads(self.holder.read_bytes())
-            process, host, since = facts["process"], facts["host"], facts["since"]
-        except (OSError, ValueError, TypeError, KeyError):
-            return
-        if (process, host) != (os.getpid(), socket.gethostname()):
-            raise UserError(
-                f"{self.directory} is locked by process {process} on {host}, which has been training there since "
-                f"{since}. Wait until it has ended or choose another --save-dir."
-            )
+            self.holder.write_text(f"{process} which has been training there since {since}", encoding="utf-8")
 
     def release(self) -> None:
         """Release the lock, and remove its files; its directory too, where nothing else has come into it."""

@@ -1,7 +1,6 @@
 """What is in a model's directory: its weights, the base model of an adapter, how it was trained, where it comes from.
 
 Weights are never read here, only the headers of their files, which takes milliseconds. None of this imports torch.
-The format of safetensors: https://huggingface.co/docs/safetensors/index#format
 """
 
 from __future__ import annotations
@@ -13,12 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Callable, Dict, List, Optional, Tuple
 
-from common.support.exit import UserError, install_hint
+from common.support.exit import UserError, install_hint, short_message
 from common.support.files import atomic_write, weights_fingerprint
 
 ADAPTER = "adapter_model.safetensors"  # peft's names, like adapter_config.json
 RUN = "run.json"  # options, versions, data and template of a training, next to its result
 ORIGIN = Path(".cache", "huggingface", "origin.json")  # in the directory of the hub's own records
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file (UTF-8, without a byte order mark); {} where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 class ModelSource:
@@ -32,14 +40,8 @@ class ModelSource:
     def adapter_config(self) -> dict:
         """adapter_config.json; {} where there is none. UserError where it is damaged."""
         path = self.directory / "adapter_config.json"
-        if not path.is_file():
-            return {}
-        try:
-            config = json.loads(path.read_text("utf-8"))
-            base = config["base_model_name_or_path"]
-        except (ValueError, TypeError, KeyError):
-            base = None
-        if not (base and isinstance(base, str)):
+        config = read_json(path)
+        if path.is_file() and not isinstance(config.get("base_model_name_or_path"), str):
             raise UserError(
                 f"{path} is damaged: train the adapter again, or save it as UTF-8 without a byte order mark"
             )
@@ -62,12 +64,7 @@ class ModelSource:
     @cached_property
     def run(self) -> dict:
         """run.json of the training that saved it; {} where there is none, or one of another tool."""
-        try:
-            run = json.loads((self.directory / RUN).read_bytes())
-        except (OSError, ValueError):
-            return {}
-        if not isinstance(run, dict):
-            return {}
+        run = read_json(self.directory / RUN)
         is_ours = isinstance(run.get("options"), dict) and isinstance(run.get("dataset"), dict)
         return run if is_ours else {}
 
@@ -78,12 +75,8 @@ class ModelSource:
 
     @cached_property
     def config(self) -> dict:
-        """config.json as it is written; {} of a hub id. UserError where it is damaged."""
-        path = self.directory / "config.json"
-        try:
-            return dict(json.loads(path.read_bytes())) if path.is_file() else {}
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is damaged: delete it and download the model again") from None
+        """config.json as it is written; {} of a hub id."""
+        return read_json(self.directory / "config.json")
 
     @property
     def safetensors_files(self) -> List[Path]:
@@ -113,13 +106,12 @@ class ModelSource:
 def require_model(model_dir: str, hint: str = "", template: Optional[Callable] = None) -> None:
     """UserError, which ends with `hint`, unless `model_dir` is a directory with all its weights, or a hub id.
 
-    Of an adapter, its own weights and those of its base model are checked. With `template`, the model must have been
-    trained with that prompt template, or not say anything about it.
+    Of an adapter, its base model is checked too. template: the prompt template that it must have been trained with.
     """
     source = ModelSource(model_dir)
     require_directory(model_dir, hint)
     if source.is_adapter:
-        _check_file(source.directory / ADAPTER, set(), "train the adapter again")
+        _check_file(source.directory / ADAPTER, "train the adapter again")
         hint = (
             f"it is the base model of the adapter {model_dir}. Download it again, or write where it is into "
             f"base_model_name_or_path of {model_dir}/adapter_config.json"
@@ -152,57 +144,47 @@ def require_directory(model_dir: str, hint: str = "") -> None:
 
 
 def check_weights(model_dir: str, hint: str = "run the download command again") -> None:
-    """UserError, which ends with `hint`, unless all weights are there, by the headers of their files alone."""
-    directory = Path(model_dir).expanduser()
+    """UserError, which ends with `hint`, unless all weight files are there and none is truncated."""
+    directory = Path(model_dir)
     if not (directory / "config.json").is_file():
         raise UserError(f"{model_dir} is not a model directory, it has no config.json: {hint}")
     for name in ("model.safetensors", "pytorch_model.bin"):  # the order in which transformers looks for them
         index = directory / f"{name}.index.json"
         if (directory / name).is_file():
-            return _check_file(directory / name, set(), hint)
+            return _check_file(directory / name, hint)
         if index.is_file():
-            return _check_shards(index, hint)
+            file_of_tensor = read_json(index).get("weight_map")
+            if not isinstance(file_of_tensor, dict):
+                raise UserError(f"{index} is damaged: delete it and {hint}")
+            for file in sorted(set(file_of_tensor.values())):
+                _check_file(directory / file, hint)
+            return None
     raise UserError(f"{model_dir} has no weights (model.safetensors or pytorch_model.bin, or their index): {hint}")
 
 
-def _check_shards(index: Path, hint: str) -> None:
-    tensors: Dict[str, set] = {}  # file name -> names of its tensors
-    try:
-        for name, file in json.loads(index.read_bytes())["weight_map"].items():
-            tensors.setdefault(str(file), set()).add(name)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise UserError(f"{index} is damaged: delete it and {hint}") from None
-    for file in sorted(tensors):
-        _check_file(index.parent / file, tensors[file], hint)
-
-
-def _check_file(path: Path, tensors: set, hint: str) -> None:
-    """Check a weight file. tensors: names that must be in it (of a .bin file they are not known without loading it)."""
+def _check_file(path: Path, hint: str) -> None:
     if not path.is_file():
         raise UserError(f"{path} is missing: {hint}")
-    header = read_header(path) if path.suffix == ".safetensors" else dict.fromkeys(tensors)
-    if header is None or (path.suffix != ".safetensors" and not _is_torch_file(path)):
+    if path.suffix == ".safetensors":
+        is_complete = read_header(path) is not None
+    else:
+        with path.open("rb") as file:  # a zip file, whose table of contents comes last; before torch 1.6 a pickle
+            is_complete = file.read(1) == b"\x80" or zipfile.is_zipfile(path)
+    if not is_complete:
         raise UserError(f"{path} is truncated or damaged: delete it and {hint}")
-    missing = tensors - set(header)
-    if missing:
-        raise UserError(f"{path} lacks the tensor {min(missing)}: delete it and {hint}")
-
-
-def _is_torch_file(path: Path) -> bool:
-    """torch >= 1.6 writes a zip file, whose table of contents comes last; older versions wrote a pickle."""
-    with path.open("rb") as file:
-        start = file.read(2)
-    return zipfile.is_zipfile(path) if start == b"PK" else start[:1] == b"\x80"
 
 
 def read_header(path: Path) -> Optional[dict]:
-    """The header of a safetensors file, {tensor: {"dtype", "shape", "data_offsets"}}; None of a damaged file."""
+    """The header of a safetensors file, {tensor: {"dtype", "shape", "data_offsets"}}; None of a damaged file.
+
+    The format: https://huggingface.co/docs/safetensors/index#format
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             # 8 bytes, little endian: the header's length. Then the header, as JSON, and the tensors.
             length = int.from_bytes(file.read(8), "little")
-            if 8 + length > size or length > 100_000_000:  # the format's own limit
+            if 8 + length > size:
                 return None
             header = json.loads(file.read(length))
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
@@ -234,12 +216,10 @@ def read_origin(model_dir: str) -> dict:
     path = Path(model_dir)
     if not path.exists():
         return {"name": model_dir} if is_hub_id(model_dir) else {}
-    try:
-        record = json.loads((path / ORIGIN).read_bytes())
-        is_same = record["weights"] == weights_fingerprint(model_dir)
-        return {"name": str(record["name"]), "revision": str(record["revision"])} if is_same else {}
-    except (OSError, ValueError, TypeError, KeyError):
+    record = read_json(path / ORIGIN)
+    if not record or record.pop("weights", None) != weights_fingerprint(model_dir):
         return {}
+    return record
 
 
 def base_models(model_dir: str, merged: Optional[str] = None) -> dict:
@@ -262,28 +242,25 @@ def positions_and_embeddings(model_dir: str) -> Tuple[Optional[int], Optional[in
 
     config = AutoConfig.from_pretrained(ModelSource(model_dir).base, trust_remote_code=False)
     if config.is_encoder_decoder:
-        raise UserError(
-            f"{model_dir} is an encoder-decoder model ({config.model_type}), which is trained in another way. Use a "
-            "causal language model (Llama, Mistral, GPT)."
-        )
+        kind = f"an encoder-decoder model ({config.model_type})"
+        raise UserError(f"{model_dir} is {kind}. Use a causal language model (Llama, Mistral, GPT).")
     text_config = getattr(config, "text_config", config)  # of a model that also reads images
     return getattr(text_config, "max_position_embeddings", None), getattr(text_config, "vocab_size", None)
 
 
 def explain_load_error(error: Exception) -> str:
     """Why a model's files could not be loaded, and what to do; "" where the error is not a known one."""
-    text = " ".join(str(error).split())
-    short = text if len(text) <= 160 else text[:160].rsplit(" ", 1)[0] + " ..."
+    text = str(error)
     if isinstance(error, ModuleNotFoundError) and error.name:
         return install_hint(error.name)
     if isinstance(error, ImportError):
-        return f"{short} Install that package."
+        return f"{short_message(error)} Install that package."
     if "trust_remote_code" in text or "custom code" in text:
         return "it requires trust_remote_code, which these scripts never allow. Use a model that transformers supports."
     if "Unrecognized configuration class" in text:
         return "it is not a causal language model. Use one (Llama, Mistral, GPT)."
     if "not recognize this architecture" in text or "quantization" in text:
-        return f"the installed transformers does not support it ({short}). Try a newer one: pip install -U transformers"
+        return f"the installed transformers does not support it ({short_message(error, 100)}...): upgrade transformers"
     if "mismatch" in text:
-        return f"config.json and weights are of different models ({short}). Download both again."
+        return f"config.json and weights are of different models ({short_message(error, 100)}...). Download both again."
     return ""
