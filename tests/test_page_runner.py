@@ -90,7 +90,7 @@ not compared
   ```
 
 ```python
-from common import UserError
+from common.support.exit import UserError
 
 print(UserError.__name__)
 ```
