@@ -20,7 +20,7 @@ from dataset.questions import load_questions
 from dataset.templates import alpaca, chat
 from model.generation import answer_rows, stream_answer
 from model.loading import load_model
-from tests.conftest import ROOT, lay_out, start
+from tests.conftest import ROOT, TIMEOUT, lay_out, start
 from tests.helpers import KINDS, SCRIPTS, contents, tells
 from tests.test_full_memory import WITH
 from tests.test_training import CPU
@@ -196,14 +196,14 @@ def test_an_interrupt_loses_no_finished_answer(number, never_cut_answers, asks, 
     rows = lines(asks / "questions.jsonl") * 40
     write(asks / "questions.jsonl", rows)
     process = start(FILE, cwd=asks)
-    path, seen, end = asks / "answers.jsonl", b"", time.monotonic() + 120
+    path, seen, end = asks / "answers.jsonl", b"", time.monotonic() + TIMEOUT
     try:
         while seen.count(b"\n") < 50:
             assert process.poll() is None and time.monotonic() < end, process.communicate()
             time.sleep(0.01)
             seen = path.read_bytes() if path.exists() else b""
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     left = lines(path)

@@ -17,7 +17,7 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import ROOT, environment, run, start
+from tests.conftest import ROOT, TIMEOUT, environment, run, start
 from tests.helpers import DOWNLOAD, PREPARE, SAMPLE, STEP, TRAIN, contents
 
 
@@ -30,7 +30,7 @@ def interrupted(status, err, number=signal.SIGINT):
 
 
 def wait_for(process, happened):
-    end = time.monotonic() + 900
+    end = time.monotonic() + TIMEOUT
     while not happened():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -44,7 +44,7 @@ def test_ctrl_c_in_training(ready):
         while not STEP.fullmatch(process.stdout.readline().strip()):
             assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=900)
+        out, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     left = {path.name for path in (ready / "llama3_summarization").iterdir()}
@@ -65,7 +65,7 @@ def test_sigterm_in_prepare(ready):
     try:
         wait_for(process, lambda: any(path.stat().st_size for path in ready.glob(".llama3_dataset.pt*/*")))
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=900)
+        _, err = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     interrupted(process.returncode, err, signal.SIGTERM)
@@ -206,7 +206,7 @@ def test_a_terminal_that_is_closed(ready):
     try:
         wait_for(process, lambda: any(path.stat().st_size for path in ready.glob(".llama3_dataset.pt*/*")))
         os.close(ours)
-        assert process.wait(900) not in (0, -signal.SIGHUP)
+        assert process.wait(TIMEOUT) not in (0, -signal.SIGHUP)
     finally:
         process.kill()
     assert contents(ready) == before
@@ -263,7 +263,7 @@ def test_stopped_while_pip_downloads(folder, warm, tmp_path):
             [script] = psutil.Process(warm.process.pid).children()
             found.extend(script.children(recursive=True))
             script.terminate()
-            connection.settimeout(900)
+            connection.settimeout(TIMEOUT)
             while connection.recv(9999):
                 pass
 
@@ -274,7 +274,7 @@ def test_stopped_while_pip_downloads(folder, warm, tmp_path):
             "TMPDIR": str(tmp_path / "scratch"),
         }
         done = warm("python tutorial/download_smollm2.py", cwd=folder, env=env, ok=None)
-        thread.join(900)
+        thread.join(TIMEOUT)
     interrupted(done.returncode, done.stderr, signal.SIGTERM)
     assert found and not [process for process in found if process.is_running()]
     assert not list((tmp_path / "scratch").iterdir()) and not (folder / "smollm2-135m").exists()

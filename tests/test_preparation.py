@@ -13,7 +13,7 @@ import pytest
 
 from common.tokenization import Example, encode_examples, encode_prompt, load_tokenizer
 from dataset.templates import alpaca, instruction, summarization
-from tests.conftest import start
+from tests.conftest import TIMEOUT, start
 from tests.helpers import KINDS, PREPARE, SAMPLE, contents, rows_of, tells
 
 
@@ -192,12 +192,12 @@ def test_interrupted_while_it_encodes_leaves_nothing(number, ready):
         file.writelines(some * 200)
     before = contents(ready)
     process = start(PREPARE, "--dataset-name-or-path", "many.jsonl", "--save-path", "new.pt", cwd=ready)
-    deadline = time.time() + 900
+    deadline = time.time() + TIMEOUT
     while not any(path.stat().st_size for path in ready.glob(".new.pt.*/train.ids")) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=900)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number) or process.returncode == 130
     assert "Traceback" not in err and err.splitlines()[-1].startswith("Interrupted"), err
     assert contents(ready) == before
