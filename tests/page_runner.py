@@ -60,9 +60,10 @@ import pytest
 from packaging.requirements import InvalidRequirement, Requirement
 
 from tests import terminal
-from tests.conftest import FOLDERS, NOWHERE, ROOT, TIMEOUT, environment
+from tests.conftest import FOLDERS, NOWHERE, ROOT, environment
 from tests.page_packages import Command, missing
 
+BLOCK_TIMEOUT = 600  # seconds; the longest takes some twenty
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of a training after Ctrl-C
 
 # ------------------------------------------------------------------------------------------------ the reader's machine
@@ -186,11 +187,11 @@ class Shell:
             start_new_session=True,
         )
         try:
-            out, err = process.communicate(timeout=TIMEOUT)
+            out, err = process.communicate(timeout=BLOCK_TIMEOUT)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
-            err += f"\nno end after {TIMEOUT} s"
+            err += f"\nno end after {BLOCK_TIMEOUT} s"
         return process.returncode, out, err.replace(f"{block}: ", "")
 
     def python(self, source: str, imports: str = "") -> Tuple[int, str, str]:
