@@ -180,7 +180,7 @@ def test_a_cut_run_goes_on_with_the_same_command(work, warm):
     }.items():
         tells(warm(f"{cut} {words}", cwd=work, ok=None), said)
     said = warm(f"{cut} --model-name-or-path ./moved", cwd=work).stdout  # the same weights in another place
-    assert "Continuing from step 2 of 4" in said
+    assert "Resuming from step 2 of 4" in said
     one, other = adapter_weights(work / "whole"), adapter_weights(work / "cut")
     assert all(torch.equal(weight, other[key]) for key, weight in one.items())
 

@@ -66,7 +66,7 @@ def test_without_room_for_the_model_the_checkpoint_stays_and_the_same_command_on
     tells(done, SAVED, "File too large", "Free 0.0 GB", "Run the same command to save the model.")
     assert [path.name for path in (ready / SAVED).glob("checkpoint-*")] == ["checkpoint-6"]
     done = warm(f"python {TRAIN}", cwd=ready)
-    assert "Continuing from step 6 of 6" in done.stdout and "Loss:" not in done.stdout
+    assert "Resuming from step 6 of 6" in done.stdout and "Loss:" not in done.stdout
     again = weights(ready / SAVED)
     warm(f"python {TRAIN}", cwd=ready)
     assert weights(ready / SAVED) == again

@@ -381,7 +381,7 @@ def checkpoints(folder):
 def goes_on_as_one(processes, step, work, one, words=TRAIN):
     """The same command, on other processes, ends as one process does that was never cut."""
     done = torchrun(processes, APART, "none", "x", *words.split(), cwd=work)
-    assert done.returncode == 0 and f"Continuing from step {step} of {STEPS}: " in done.stdout, done.stderr
+    assert done.returncode == 0 and f"Resuming from step {step} of {STEPS}: " in done.stdout, done.stderr
     (work / "cut").mkdir()
     (work / "cut" / "saved").symlink_to(work / "llama3_summarization")
     same_losses(one, work, "llama", "cut")
@@ -498,7 +498,7 @@ def test_each_process_drops_something_else_and_goes_on_with_it(work):
     load(states, checkpoint_id=str(work / "cut" / "checkpoint-4"))
     assert not torch.equal(states["random"]["cpu"], states["random_of_1"]["cpu"])
     done = torchrun(2, APART, "none", "x", *words, "--save-dir", "cut", cwd=work)
-    assert "Continuing from step 4 of 9" in done.stdout, done.stderr
+    assert "Resuming from step 4 of 9" in done.stdout, done.stderr
     whole, cut = adapter_weights(work / "whole"), adapter_weights(work / "cut")
     assert all(torch.equal(weight, cut[name]) for name, weight in whole.items())
     logs = [[line.get("loss", line.get("held_out_loss")) for line in records(work / name)] for name in ("whole", "cut")]
