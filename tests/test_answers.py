@@ -305,7 +305,7 @@ def test_a_file_of_prompts_that_is_none(rows, words, refused):
         ("--prompt a --prompt-file questions.jsonl --save-path b.jsonl", ["--prompt-file", "not allowed"]),
         ("--save-path b.jsonl", ["--save-path b.jsonl", "give --prompt-file"]),
         ("--prompt a --save-path b.jsonl", ["--save-path b.jsonl", "give --prompt-file"]),
-        ("--prompt-file questions.jsonl", ["questions.jsonl holds a prompt a line", "--save-path"]),
+        ("--prompt-file questions.jsonl", ["questions.jsonl has a prompt on each line", "--save-path"]),
         ("--prompt-file questions.txt --save-path b.jsonl", ["questions.txt", ".jsonl"]),
         ("--prompt-file . --save-path b.jsonl", ["--prompt-file .", ".jsonl"]),
         ("--prompt-file questions.jsonl --save-path questions.jsonl", ["questions.jsonl is the file of prompts"]),
@@ -323,7 +323,7 @@ def test_options_that_do_not_go_together(words, told, refused):
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_place_where_nothing_may_be_written(ready, refused):
     (ready / "mine").mkdir(mode=0o555)
-    refused([GOOD], "--save-path", "mine/answers.jsonl", tells_of=["Nothing may be written", "--save-path"])
+    refused([GOOD], "--save-path", "mine/answers.jsonl", tells_of=["is not writable", "--save-path"])
 
 
 def test_a_prompt_that_is_longer_than_the_model_has_room_for(refused):

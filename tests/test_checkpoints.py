@@ -742,7 +742,7 @@ def test_the_best_weights_are_saved(cut, small, warm, never_cut):
         assert best in checkpoints(small)
     done = train(warm, small, KEEP)
     assert went_on(done) == (0 if not cut else best if "LATER" in cut else 9)
-    assert f"[Step {best}/9] | Best held-out loss: {held_out[best]:.5f}, of the weights that are saved" in done.stdout
+    assert f"[Step {best}/9] | Best held-out loss: {held_out[best]:.5f}, saving these weights" in done.stdout
     assert records(small / SAVED)[-1] == {"step": best, "best_held_out_loss": held_out[best]}
     same_weights(small, never_cut(f"{BEST} --max-train-steps {best}"))
     same_result(small, never_cut(KEEP))

@@ -50,8 +50,9 @@ def test_ctrl_c_in_training(ready):
     left = {path.name for path in (ready / "llama3_summarization").iterdir()}
     [checkpoint] = left - {"training_log.jsonl"}
     step = int(checkpoint[len("checkpoint-") :])
-    where = f"kept in llama3_summarization/{checkpoint}. Run the same command to go on from there."
-    assert process.returncode == 130 and err.splitlines()[-1] == f"Stopped after step {step}, {where}", err
+    line = f"Stopped after step {step}; checkpoint saved in llama3_summarization/{checkpoint}. "
+    line += "Run the same command to resume."
+    assert process.returncode == 130 and err.splitlines()[-1] == line, err
     assert "Saving" not in out and "Traceback" not in err
     assert {path.name for path in ready.iterdir() if path.name.startswith(".")} <= {".hf_home"}
 

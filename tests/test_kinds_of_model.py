@@ -132,7 +132,7 @@ def config_of(ready, **changed):
 
 CAUSES = {
     "an architecture that transformers does not know": ({"model_type": "velmora"}, "pip install -U transformers"),
-    "code of its own": ({"model_type": "velmora", "auto_map": {"AutoConfig": "c.C"}}, "never run here"),
+    "code of its own": ({"model_type": "velmora", "auto_map": {"AutoConfig": "c.C"}}, "requires trust_remote_code"),
     "sizes of another model": ({"hidden_size": 32, "head_dim": 8}, "different models"),
     "more layers than the weights have": ({"num_hidden_layers": 3}, "lack"),
     "fewer layers than the weights have": ({"num_hidden_layers": 1}, "no place for"),
