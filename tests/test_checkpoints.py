@@ -241,7 +241,7 @@ def test_stopped_before_the_first_step(small, warm):
     """In the held-out loss of the untrained model."""
     done = train(warm, small, FULL, cut="15 -common.trainer:forward 2")
     assert done.returncode == 143
-    assert done.stderr.splitlines()[-1] == "Stopped before the first step; nothing was saved."
+    assert done.stderr.splitlines()[-1] == "Stopped; nothing was saved."
     assert not checkpoints(small) and not scratch(small)
 
 

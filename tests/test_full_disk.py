@@ -31,7 +31,7 @@ def test_a_disk_that_has_no_room_for_two_checkpoints(ready, warm):
     stopped = f"{ROOT}/tests/killed.py 15 +common.trainer:Trainer.train_step 3 {words}"
     done = warm(f"{LIMITED} room 5000000 {stopped}", cwd=ready, ok=None)
     assert done.returncode == 143
-    assert done.stderr.splitlines()[-1] == "Stopped before the first step; nothing was saved."
+    assert done.stderr.splitlines()[-1] == "Stopped; nothing was saved."
     done = warm(f"{LIMITED} room 9000000 {words} --save-steps 2", cwd=ready)
     assert "no room" not in done.stdout
 
