@@ -56,7 +56,6 @@ def run(main: Callable[[], None]) -> None:
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     status = 0
-    interrupted = False
     try:
         main()
         _leave_group()
@@ -66,8 +65,7 @@ def run(main: Callable[[], None]) -> None:
             status = _report(error)
         except BrokenPipeError:  # `2>&1 | head`
             status = CLOSED_PIPE
-        interrupted = isinstance(error, KeyboardInterrupt)
-    _end(status, interrupted)
+    _end(status)
 
 
 def _terminate(number, _) -> None:
@@ -217,7 +215,7 @@ def install_hint(module: str) -> str:
     return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
 
 
-def _end(status: int, interrupted: bool) -> None:
+def _end(status: int) -> None:
     """End the process with `status`; another one where nobody reads the output (a closed pipe) or the disk is full."""
     atexit._run_exitfuncs()
     # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
@@ -235,7 +233,7 @@ def _end(status: int, interrupted: bool) -> None:
         at_once = True
     if at_once:
         os._exit(status)
-    if interrupted and os.name == "posix":
+    if status == 128 + signal.SIGINT and os.name == "posix":
         # Die by the signal itself, so that a shell loop around the script stops as well.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
