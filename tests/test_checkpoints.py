@@ -20,6 +20,7 @@ from common.checkpoint import Checkpoint, Checkpoints, find_checkpoint, restore,
 from common.device import Device
 from common.optim import make_optimizer
 from common.support.exit import StopRequest, UserError
+from common.support.files import Lock
 from model.fit import plan_training
 from tests.conftest import ROOT, TIMEOUT, start
 from tests.cuts import (
@@ -426,6 +427,21 @@ def remove_lock(folder):
 
 
 @pytest.fixture
+def find(monkeypatch):
+    """find_checkpoint, which releases its lock as the end of a process would."""
+    locks = []
+    monkeypatch.setattr("common.checkpoint.Lock", lambda directory: locks.append(Lock(directory)))
+
+    def find(args):
+        try:
+            return find_checkpoint(args)
+        finally:
+            locks.pop().release()
+
+    return find
+
+
+@pytest.fixture
 def cut_copy(cut, tmp_path):
     return copy_of(cut, tmp_path / "cut")
 
@@ -487,23 +503,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_cannot_be_continued(damage, cut_copy, monkeypatch, capsys):
+def test_what_cannot_be_continued(damage, cut_copy, find, monkeypatch, capsys):
     """The one before it is taken, and where there is none one line says why, and what to do."""
     harm, why = DAMAGE[damage]
     monkeypatch.chdir(cut_copy)
     args = argparse.Namespace(**options_of(cut_copy))
     harm(cut_copy / SAVED / "checkpoint-6")
-    assert find_checkpoint(args).path.name == "checkpoint-4"
+    assert find(args).path.name == "checkpoint-4"
     lines = capsys.readouterr().out.splitlines()
     assert why in lines[0] and lines[0].endswith(f"; using the older checkpoint {SAVED}/checkpoint-4.")
     assert lines[1:] == [f"Resuming from step 4 of 7: {SAVED}/checkpoint-4"]
     shutil.rmtree(cut_copy / SAVED / "checkpoint-4")
     with pytest.raises(UserError, match="--restart") as refused:
-        find_checkpoint(args)
+        find(args)
     assert why in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_any_word_of_the_facts(cut_copy, monkeypatch, capsys):
+def test_any_word_of_the_facts(cut_copy, find, monkeypatch, capsys):
     """Whichever name or number becomes another one: the other checkpoint is taken."""
     monkeypatch.chdir(cut_copy)
     args = argparse.Namespace(**options_of(cut_copy))
@@ -512,7 +528,7 @@ def test_any_word_of_the_facts(cut_copy, monkeypatch, capsys):
     for word in re.finditer(rb"(?<![\w.])\w", whole):
         flip(path, word.start())
         try:
-            found = find_checkpoint(args)
+            found = find(args)
             if found.path.name != "checkpoint-4":
                 failed.append((word.start(), found.path.name))
         except Exception as error:
@@ -609,33 +625,33 @@ def cut_lora(small_base, warm, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_option_that_makes_another_run(name, cut, monkeypatch):
-    refused_option(cut, monkeypatch, name, *REFUSED[name])
+def test_an_option_that_makes_another_run(name, cut, find, monkeypatch):
+    refused_option(cut, find, monkeypatch, name, *REFUSED[name])
 
 
 @pytest.mark.parametrize("name", REFUSED_OF_LORA)
-def test_an_option_of_lora_that_makes_another_run(name, cut_lora, monkeypatch):
-    refused_option(cut_lora, monkeypatch, name, *REFUSED_OF_LORA[name])
+def test_an_option_of_lora_that_makes_another_run(name, cut_lora, find, monkeypatch):
+    refused_option(cut_lora, find, monkeypatch, name, *REFUSED_OF_LORA[name])
 
 
-def refused_option(folder, monkeypatch, name, was, now):
+def refused_option(folder, find, monkeypatch, name, was, now):
     """Both values in one line, and nothing is changed."""
     monkeypatch.chdir(folder)
     before, options = contents(folder), options_of(folder)
     assert options[name] == was
     with pytest.raises(UserError) as refusal:
-        find_checkpoint(argparse.Namespace(**{**options, name: now}))
+        find(argparse.Namespace(**{**options, name: now}))
     line = str(refusal.value)
     assert f"--{name.replace('_', '-')} was {was} and is {now}" in line and "--restart" in line and "\n" not in line
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_an_option_that_makes_the_same_run(name, cut, monkeypatch, capsys):
+def test_an_option_that_makes_the_same_run(name, cut, find, monkeypatch, capsys):
     monkeypatch.chdir(cut)
     options = options_of(cut)
     assert options[name] != FREE[name]
-    resume = find_checkpoint(argparse.Namespace(**{**options, name: FREE[name]}))
+    resume = find(argparse.Namespace(**{**options, name: FREE[name]}))
     assert resume.path.name == "checkpoint-6" and "Resuming from step 6 of 7" in capsys.readouterr().out
 
 

@@ -300,7 +300,10 @@ def work(folder, prepared):
 def test_fewer_rows_than_processes(work):
     before = contents(work)
     [line] = ours(torchrun(2, *TRAIN.split(), "--batch-size", "1", cwd=work))
-    assert line.startswith("error: --batch-size 1 has fewer rows than the 2 processes") and contents(work) == before
+    assert (
+        line.startswith("error: --batch-size 1 has fewer examples than there are processes (2)")
+        and contents(work) == before
+    )
 
 
 @needs_fsdp2
