@@ -22,7 +22,7 @@ from model.counts import can_count
 from model.tutorials import TUTORIALS as ALL
 from model.tutorials import Machine, way_to_run
 from tests.conftest import FOLDERS, NOWHERE, ROOT, TIMEOUT, lay_out, run
-from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, tells
+from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, first_fast, tells
 from tests.hub_server import HubServer
 from tutorial import check_accelerator as check
 
@@ -305,12 +305,13 @@ counted = pytest.mark.skipif(not can_count(), reason="torch before 2.2 plans by 
 
 
 @counted
-@pytest.mark.parametrize("platform, memory, devices", PLANS)
+@pytest.mark.parametrize("platform, memory, devices", first_fast(3, PLANS))
 def test_best_method(platform, memory, devices):
     expected = PLANS[platform, memory, devices]
     assert {name: method_of(name, platform, memory, devices) for name in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["MoAI", "CUDA", "CPU"])
 @pytest.mark.parametrize("name", ["SmolLM2 135M", "Llama 3.1 8B", "Qwen3 4B"])
 def test_more_memory_is_never_worse(name, platform):
@@ -397,7 +398,7 @@ def test_bad_input(words, said, folder, warm):
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize("name", first_fast(1, TUTORIALS))
 def test_commands_are_there(name, warm, folder):
     """Every script that may be named, and every option of it."""
     machines = [("CPU", 64.0), ("CPU", 0.5), ("MoAI", 9000.0), ("CUDA", 9000.0)]
@@ -416,7 +417,7 @@ def test_commands_are_there(name, warm, folder):
         assert names <= set(re.findall(r"--[\w-]+", text)), script
 
 
-@pytest.mark.parametrize("name", ["Llama3 8B", "Llama 3.1 8B", "Qwen3 4B"])
+@pytest.mark.parametrize("name", first_fast(1, ["Llama3 8B", "Llama 3.1 8B", "Qwen3 4B"]))
 def test_rehearsal(name, warm, folder):
     """The commands for a machine on which nothing fits, with one epoch of ten: they touch nothing of a real model."""
     tutorial = TUTORIALS[name]

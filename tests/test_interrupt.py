@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, TIMEOUT, environment, run, start
-from tests.helpers import DOWNLOAD, PREPARE, SAMPLE, STEP, TRAIN, contents
+from tests.helpers import DOWNLOAD, PREPARE, SAMPLE, STEP, TRAIN, contents, first_fast
 
 
 def interrupted(status, err, number=signal.SIGINT):
@@ -92,15 +92,18 @@ sys.meta_path.insert(0, At())
 
 @pytest.mark.parametrize(
     "command, module, number",
-    [
-        ("python tutorial/train_llama3.py", "torch.nn", signal.SIGINT),
-        ("python tutorial/train_llama3.py", "transformers.utils", signal.SIGTERM),
-        ("python dataset/prepare_llama3_dataset.py", "torch.nn", signal.SIGTERM),
-        ("python dataset/prepare_llama3_dataset.py", "tokenizers", signal.SIGINT),
-        ("python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b", "torch.nn", signal.SIGHUP),
-        ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGINT),
-        ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGTERM),
-    ],
+    first_fast(
+        3,
+        [
+            ("python tutorial/train_llama3.py", "torch.nn", signal.SIGINT),
+            ("python dataset/prepare_llama3_dataset.py", "torch.nn", signal.SIGTERM),
+            ("python tutorial/train_llama3.py", "transformers.utils", signal.SIGTERM),
+            ("python dataset/prepare_llama3_dataset.py", "tokenizers", signal.SIGINT),
+            ("python tutorial/inference_llama3.py --model-name-or-path ./llama3-8b", "torch.nn", signal.SIGHUP),
+            ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGINT),
+            ("python tutorial/download_llama3_8b.py", "huggingface_hub", signal.SIGTERM),
+        ],
+    ),
 )
 def test_stopped_in_the_imports(command, module, number, ready, tmp_path):
     (tmp_path / "site").mkdir()

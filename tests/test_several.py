@@ -395,6 +395,7 @@ def goes_on_as_one(processes, step, work, one, words=TRAIN):
 
 
 @needs_fsdp2
+@pytest.mark.slow
 def test_what_is_left_over_of_the_group_does_not_change_the_status(work):
     """Nothing of C's own end is run: in it a thread that is still there makes a process abort."""
     words = [*TRAIN.split(), "--max-train-steps", "1", "--eval-rows", "0"]
