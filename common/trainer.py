@@ -259,7 +259,7 @@ class Trainer:
         elif checkpoints.own():
             line = f"Stopped. Run the same command to resume from {checkpoints.own()[0]}."
         else:
-            line = "Stopped before the first step; nothing was saved."
+            line = "Stopped; nothing was saved."
         print(f"\n{line}", file=sys.stderr)
         sys.exit(128 + self.stop_request.number)
 

@@ -26,6 +26,14 @@ def quantizes() -> bool:
         return False
 
 
+def first_fast(count, values):
+    """The values of a parametrized test: all but the first `count` are further variants, which make test-slow runs."""
+    params = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*value, marks=[] if number < count else pytest.mark.slow) for number, value in enumerate(params)
+    ]
+
+
 # of torch 2.2 or newer
 needs_float16 = pytest.mark.skipif(
     not hasattr(torch.utils, "deterministic"), reason="this torch multiplies no float16 on a CPU"

@@ -317,7 +317,8 @@ class Shell:
                 done = self.go("python", *words, cwd=cwd, env=env, ok=None)
         except (subprocess.TimeoutExpired, pytest.fail.Exception) as error:  # of `run`, of `warm`
             raise Refused(124, str(error)) from None
-        return {"out": done.stdout, "err": done.stderr, "status": done.returncode % 256}
+        status = done.returncode if done.returncode >= 0 else 128 - done.returncode  # as a shell has it
+        return {"out": done.stdout, "err": done.stderr, "status": status}
 
     def require_packages(self, script: Path, words: List[str], cwd: Path) -> None:
         """Refused where the script needs what no command of the page has installed."""

@@ -12,6 +12,7 @@ and weights-N.pt, what was trained. Products are in float32, so that a sum in an
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -84,6 +85,8 @@ def save(module, *args, real=model.loading.save_model, **options):
 Batches.micro_batches, Batches._padded, Batches._packed, Trainer.backward = micro_batches, padded, packed, gradients
 model.loading.load_for_training, model.loading.save_model = load, save
 if __name__ == "__main__":
+    if distributed.rank() > 0:  # as common.support.exit.run does it
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     for one in json.loads(Path(sys.argv[1]).read_text()):
         case.clear()
         case.update(one)

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
+from tests.conftest import TIMEOUT
+
 PROMPT = b"\n> "
-TIMEOUT = 1800  # seconds: against a command that hangs
 
 
 def run(arguments: List[str], typed: Sequence[bytes], cwd: Path, env: Dict[str, str]) -> Tuple[int, str]:

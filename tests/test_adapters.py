@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common.batches import Batches
-from common.checkpoint import Checkpoints
 from common.dataset_file import load_dataset
 from common.device import start_device
 from common.optim import make_optimizer
@@ -28,8 +27,9 @@ from common.trainer import train
 from dataset.prepare import prepare_dataset
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
+from model.fit import TrainingPlan
 from model.generation import answer_ids
-from model.loading import load_model, load_to_train, save_model
+from model.loading import load_for_training, load_model, save_model
 from model.loss import CausalLMLoss
 from model.tiny import write_tiny
 from tests.conftest import ROOT
@@ -67,11 +67,25 @@ def lora(model_dir, tmp_path, **changed):
     return options(tmp_path, **{**values, **changed})
 
 
+def plan_of(args):
+    return TrainingPlan(args.micro_batch_tokens, args.gradient_checkpointing)
+
+
+def load(args, device=CPU):
+    return load_for_training(args, plan_of(args), device)
+
+
+def trained(model, args, device=CPU, dataset=None):
+    """Train `model`; what run.json is to say of it."""
+    optimizer = make_optimizer(model, args, device)
+    return train(model, optimizer, dataset or dataset_of(), args, plan_of(args), device)
+
+
 def adapted(args, device=CPU):
     """The model of `args` with its adapter and its loss, as if it had learned: a new one's B is zero, and so is all it
     adds."""
     torch.manual_seed(args.seed)
-    module = load_to_train(args, device)
+    module = load(args, device)
     generator = torch.Generator().manual_seed(1)
     for name, weight in module.named_parameters():
         if "lora_B" in name:
@@ -143,7 +157,7 @@ def test_only_the_adapters_weights_change_and_the_base_stays_bit_for_bit(bits, k
     model = adapted(args, BF16)
     base, adapter = base_weights(model), adapter_weights(model)
     assert {tensor.dtype for tensor in base.values()} >= {{0: torch.bfloat16, 4: torch.uint8, 8: torch.int8}[bits]}
-    train(model, make_optimizer(model, args, BF16), dataset_of(), args, BF16, Checkpoints(args))
+    trained(model, args, BF16)
     assert same(base_weights(model), base)
     changed = adapter_weights(model)
     assert len(changed) == len(adapter) and not [name for name in adapter if torch.equal(adapter[name], changed[name])]
@@ -162,10 +176,10 @@ def test_an_adapters_weights_are_float32_on_a_base_in_any_type(bits, device, dir
 @pytest.mark.parametrize("kind, layers", [("llama3", LINEAR), ("gpt", {"c_attn", "c_proj", "c_fc"})])
 @pytest.mark.parametrize("bits", [WHOLE, FOUR])
 def test_every_linear_layer_but_the_output_layer_gets_an_adapter(bits, kind, layers, directory, tmp_path, capsys):
-    model = load_to_train(lora(directory(kind), tmp_path, bits=bits), CPU)
+    model = load(lora(directory(kind), tmp_path, bits=bits), CPU)
     places = {name.split(".lora_")[0] for name in adapter_weights(model)}
     assert {place.split(".")[-1] for place in places} == layers
-    config = model.network.config
+    config = model.model.config
     # GPT-2 has a c_proj in its attention and one more behind it
     assert len(places) == config.num_hidden_layers * (len(layers) + (kind == "gpt"))
     count = sum(weight.numel() for weight in adapter_weights(model).values())
@@ -183,18 +197,18 @@ def test_target_modules_that_the_model_lacks_are_answered_with_those_it_has(dire
     for kind, have in (("llama3", sorted(LINEAR)), ("gpt", ["c_attn", "c_fc", "c_proj"])):
         args = lora(directory(kind), tmp_path, lora_target_modules=["c_attn" if kind == "llama3" else "q_proj"])
         with pytest.raises(UserError, match=f"It has {', '.join(have)}; all-linear takes all of them"):
-            load_to_train(args, CPU)
+            load(args, CPU)
 
 
 def test_an_adapter_starts_from_the_base_itself(directory, tmp_path):
-    model = load_to_train(lora(directory("llama3"), tmp_path), CPU)
-    assert torch.equal(logits(model.model), logits(load_model(directory("llama3"), CPU.device, CPU.dtype)))
+    model = load(lora(directory("llama3"), tmp_path), CPU)
+    assert torch.equal(logits(model.model), logits(load_model(directory("llama3"), CPU.torch_device, CPU.dtype)))
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["llama3", "gpt"])
 def test_a_quantized_base_answers_nearly_as_the_whole_one(kind, directory):
-    whole, four, eight = (logits(load_model(directory(kind), CPU.device, CPU.dtype, bits)) for bits in (0, 4, 8))
+    whole, four, eight = (logits(load_model(directory(kind), CPU.torch_device, CPU.dtype, bits)) for bits in (0, 4, 8))
     spread = (whole - whole.mean(-1, keepdim=True)).norm()
     assert 1e-4 < (eight - whole).norm() / spread < 0.05
     assert (eight - whole).norm() < (four - whole).norm() < 0.3 * spread
@@ -214,8 +228,8 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(directory
     for seed in (0, 0, 1):
         args = lora(directory("llama3"), tmp_path, seed=seed, max_train_steps=2, eval_rows=0, lora_dropout=0.1)
         torch.manual_seed(seed)
-        model = load_to_train(args, CPU)
-        train(model, make_optimizer(model, args, CPU), dataset_of(), args, CPU, Checkpoints(args))
+        model = load(args, CPU)
+        trained(model, args)
         made.append(adapter_weights(model))
     assert same(made[0], made[1])
     assert not [name for name in made[0] if torch.equal(made[0][name], made[2][name])]
@@ -238,9 +252,9 @@ def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(devi
     args = lora(directory("llama3"), tmp_path, bits=4, **changed)
     dataset = load_dataset(korean, load_tokenizer(directory("llama3")), 96)
     torch.manual_seed(0)
-    model = load_to_train(args, device)
-    model.network.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
-    train(model, make_optimizer(model, args, device), dataset, args, device, Checkpoints(args))
+    model = load(args, device)
+    model.model.get_output_embeddings().weight.data.mul_(10)  # the stand-in's logits are too small for much of a fall
+    trained(model, args, device, dataset)
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     before, after = (record["held_out_loss"] for record in log if "held_out_loss" in record)
     first, *_, last = (record["loss"] for record in log if "loss" in record)
@@ -256,7 +270,7 @@ def test_gradient_checkpointing_computes_again_and_gives_the_same_gradients(bits
     found, passes = [], []
     for checkpointing in (False, True):
         changed = {"use_lora": bits is not None, "bits": bits or 0, "gradient_checkpointing": checkpointing}
-        model = (load_to_train if bits is None else adapted)(lora(directory(kind), tmp_path, **changed), CPU).model
+        model = (load if bits is None else adapted)(lora(directory(kind), tmp_path, **changed), CPU).model
         norm = next(module for name, module in model.named_modules() if name.endswith(("0.input_layernorm", "0.ln_1")))
         passes.append(0)
         norm.register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
@@ -297,7 +311,7 @@ def test_states_of_the_optimizer_are_in_8_bit_on_a_quantized_base(bits, director
     optimizer = make_optimizer(model, args, CPU)
     assert isinstance(optimizer, AdamW8bit)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01]  # an adapter is matrices alone
-    train(model, optimizer, dataset_of(), args, CPU, Checkpoints(args))
+    train(model, optimizer, dataset_of(), args, plan_of(args), CPU)
     assert len(optimizer.state) == len(adapter_weights(model))
     for weight, state in optimizer.state.items():
         expected = torch.uint8 if weight.numel() >= 4096 else torch.float32  # bitsandbytes leaves small ones alone
@@ -331,11 +345,11 @@ def test_the_optimizer_is_torchs_own_where_there_is_nothing_in_8_bit(bits, direc
 def test_a_saved_and_reloaded_adapter_gives_the_same_loss(bits, kind, directory, tmp_path, capsys):
     args = lora(directory(kind), tmp_path, bits=bits, eval_step=2)
     module, folder = adapted(args), tmp_path / "adapter"
-    run = train(module, make_optimizer(module, args, CPU), dataset_of(), args, CPU, Checkpoints(args))
+    run = trained(module, args)
     save_model(module, load_tokenizer(directory(kind)), str(folder), run=run)
-    batch = Batches(dataset_of()["validation"], 4, 200).of(list(range(6)))[0]
+    batch = Batches(dataset_of()["validation"], 4, 200).micro_batches(list(range(6)))[0]
     capsys.readouterr()
-    reloaded = load_model(str(folder), CPU.device, CPU.dtype)  # in the bits of the training
+    reloaded = load_model(str(folder), CPU.torch_device, CPU.dtype)  # in the bits of the training
     how = f" in {bits} bit" if bits else ""
     said = f"Adapter {folder} on the base {directory(kind)}{how}, prompts as in alpaca"
     assert capsys.readouterr().out.splitlines() == [said]
@@ -343,7 +357,7 @@ def test_a_saved_and_reloaded_adapter_gives_the_same_loss(bits, kind, directory,
     with torch.no_grad():
         expected = module.eval()(*batch)
         assert torch.equal(CausalLMLoss(reloaded).eval()(*batch), expected)
-        base = load_model(directory(kind), CPU.device, CPU.dtype, bits)
+        base = load_model(directory(kind), CPU.torch_device, CPU.dtype, bits)
         assert abs(CausalLMLoss(base).eval()(*batch) - expected) > 0.1
 
 
@@ -353,7 +367,7 @@ def test_the_base_of_an_adapter_is_loaded_in_the_bits_that_are_asked_for(trained
     for bits, dtype in ((0, torch.float32), (4, torch.uint8), (8, torch.int8)):
         if bits and not quantizes():
             continue
-        model = load_model(folder, CPU.device, CPU.dtype, bits=bits)
+        model = load_model(folder, CPU.torch_device, CPU.dtype, bits=bits)
         assert (f" in {bits} bit" in capsys.readouterr().out) == bool(bits)
         assert {weight.dtype for name, weight in model.named_parameters() if "base_layer" in name} == {dtype}
 
@@ -388,7 +402,7 @@ def test_an_adapter_goes_with_its_own_base_alone(saved, directory):
     point_to(folder, directory("llama3", seed=1))
     require_adapter(str(folder))
     with pytest.raises(UserError, match="was trained on other weights than those in .*llama3-1"):
-        load_model(str(folder), CPU.device, CPU.dtype)
+        load_model(str(folder), CPU.torch_device, CPU.dtype)
 
 
 def point_to(folder, base):
@@ -399,17 +413,17 @@ def point_to(folder, base):
 
 def test_adapter_and_base_may_be_moved_and_adapter_config_json_says_where_the_base_is(saved, directory, tmp_path):
     folder = saved("llama3")
-    expected = logits(load_model(str(folder), CPU.device, CPU.dtype))
+    expected = logits(load_model(str(folder), CPU.torch_device, CPU.dtype))
     shutil.copytree(directory("llama3"), tmp_path / "elsewhere" / "base")
     shutil.copytree(folder, tmp_path / "elsewhere" / "adapter")
     moved = tmp_path / "elsewhere" / "adapter"
     point_to(moved, tmp_path / "none")
-    with pytest.raises(UserError, match=f"base of the adapter {moved}.* base_model_name_or_path"):
+    with pytest.raises(UserError, match=f"it is the base model of the adapter {moved}.* base_model_name_or_path"):
         require_model(str(moved))
     point_to(moved, tmp_path / "elsewhere" / "base")
     require_adapter(str(moved))
     assert ModelSource(moved).base == str(tmp_path / "elsewhere" / "base")
-    assert torch.equal(logits(load_model(str(moved), CPU.device, CPU.dtype)), expected)
+    assert torch.equal(logits(load_model(str(moved), CPU.torch_device, CPU.dtype)), expected)
 
 
 @pytest.mark.parametrize("bits", [WHOLE, FOUR])
@@ -417,7 +431,7 @@ def test_plain_peft_and_plain_transformers_load_a_saved_adapter(bits, saved):
     from peft import AutoPeftModelForCausalLM
 
     folder = saved("llama3", bits=bits)
-    expected = logits(load_model(str(folder), CPU.device, CPU.dtype, bits=0))
+    expected = logits(load_model(str(folder), CPU.torch_device, CPU.dtype, bits=0))
     for plain in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
         model = plain.from_pretrained(folder, torch_dtype=torch.float32)
         torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=0)
@@ -432,7 +446,7 @@ def test_an_adapter_of_plain_peft_is_loaded(directory, tmp_path):
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "plain")
     require_adapter(str(tmp_path / "plain"))
-    ours = load_model(str(tmp_path / "plain"), CPU.device, CPU.dtype)
+    ours = load_model(str(tmp_path / "plain"), CPU.torch_device, CPU.dtype)
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
 
 
@@ -442,14 +456,14 @@ def test_an_adapter_saved_over_a_whole_model_and_the_other_way_round_leave_nothi
     tokenizer, folder = load_tokenizer(directory("llama3")), tmp_path / "adapter"
 
     def whole():
-        save_model(load_model(directory("llama3", 1), CPU.device, CPU.dtype), tokenizer, str(folder))
+        save_model(load_model(directory("llama3", 1), CPU.torch_device, CPU.dtype), tokenizer, str(folder))
 
-    expected = logits(load_model(directory("llama3", 1), CPU.device, CPU.dtype))
+    expected = logits(load_model(directory("llama3", 1), CPU.torch_device, CPU.dtype))
     whole()
     (folder / "training_log.jsonl").write_text("of the training")
     saved("llama3")
     assert not list(folder.glob("model*")) and not (folder / "config.json").exists()
-    adapter = logits(load_model(str(folder), CPU.device, CPU.dtype))
+    adapter = logits(load_model(str(folder), CPU.torch_device, CPU.dtype))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32)), adapter)
     whole()
     assert not list(folder.glob("adapter_*"))
@@ -472,12 +486,12 @@ def test_a_disk_must_have_room_for_the_adapter_alone(saved, directory, tmp_path,
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
     args = lora(directory("llama3"), tmp_path)
-    load_to_train(args, CPU)
+    load(args, CPU)
     with pytest.raises(UserError, match=f"The trained model takes .* GB in {args.save_dir}, and that disk has"):
-        load_to_train(lora(directory("llama3"), tmp_path, use_lora=False), CPU)
+        load(lora(directory("llama3"), tmp_path, use_lora=False), CPU)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size // 2))
     with pytest.raises(UserError, match=f"The adapter takes .* GB in {args.save_dir}, and that disk has"):
-        load_to_train(args, CPU)
+        load(args, CPU)
 
 
 # ------------------------------------------------------------------------------------------------ compared
@@ -485,7 +499,7 @@ def test_a_disk_must_have_room_for_the_adapter_alone(saved, directory, tmp_path,
 
 @pytest.mark.parametrize("kind", ["llama3", "gpt"])
 def test_answers_to_several_prompts_at_once_are_those_to_each_alone(kind, directory):
-    model, tokenizer = load_model(directory(kind), CPU.device, CPU.dtype), load_tokenizer(directory(kind))
+    model, tokenizer = load_model(directory(kind), CPU.torch_device, CPU.dtype), load_tokenizer(directory(kind))
     prompts = [list(range(300, 300 + length)) for length in (5, 23, 1, 12)]
     alone = [answer_ids(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
     assert len(set(map(tuple, alone))) == 4 and answer_ids(model, tokenizer, prompts, 8) == alone
@@ -504,22 +518,14 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
         prompts.append(ids[:start])
         found["Answer in the data"].append(tokenizer.decode(ids[start:], skip_special_tokens=True))
     for name, where in (("Base", directory("llama3")), ("Adapter", str(folder))):
-        answers = answer_ids(load_model(where, CPU.device, dtype), tokenizer, prompts, 12)
+        answers = answer_ids(load_model(where, CPU.torch_device, dtype), tokenizer, prompts, 12)
         found[name] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     assert found["Base"] != found["Adapter"]
-    tables = said.split("┏")[1:]
-    for number, table in enumerate(tables):
-        headings, *lines = [re.split("[│┃]", line)[1:-1] for line in table.splitlines() if line[:1] in "│┃"]
-        assert [heading.strip() for heading in headings] == list(found)
-        cells = ["".join(cell) for cell in zip(*lines)]
-        assert [bare(cell) for cell in cells] == [bare(found[name][number]) for name in found]
-        assert bare(tokenizer.decode(prompts[number], skip_special_tokens=True)) in bare(said)
-    assert len(tables) == 2 and re.search("[가-힣]{3}", tables[0]) and "### instruction:" in said
-
-
-def bare(text):
-    """Without what a table does to a text: line ends, alignment, and no control characters."""
-    return "".join(letter for letter in text if letter.isprintable() and not letter.isspace())
+    for number in range(2):
+        question = tokenizer.decode(prompts[number], skip_special_tokens=True).strip()
+        answers = "".join(f"--- {name} ---\n{found[name][number].strip()}\n" for name in found)
+        assert f"{question}\n{answers}" in said
+    assert re.search("[가-힣]{3}", said) and "### instruction:" in said
 
 
 # ------------------------------------------------------------------------------------------------ merged
@@ -528,9 +534,9 @@ def bare(text):
 @pytest.mark.parametrize("kind", ["llama2", "llama3", "gpt", "smollm2"])
 def test_the_merged_model_gives_the_logits_of_base_and_adapter(kind, saved, directory):
     folder = str(saved(kind))
-    both = load_model(folder, CPU.device, torch.float32)
+    both = load_model(folder, CPU.torch_device, torch.float32)
     expected = logits(both)
-    assert (expected - logits(load_model(directory(kind), CPU.device, torch.float32))).abs().max() > 0.01
+    assert (expected - logits(load_model(directory(kind), CPU.torch_device, torch.float32))).abs().max() > 0.01
     merged = both.merge_and_unload()
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
@@ -570,7 +576,7 @@ def test_merge_adapter_adds_the_product_to_the_unquantized_weights_in_their_stor
     assert not list(target.glob("adapter_*"))
     plain = AutoModelForCausalLM.from_pretrained(target, torch_dtype="auto")
     assert plain.dtype == stored and not hasattr(plain.config, "quantization_config")
-    expected = logits(load_model(str(folder), CPU.device, torch.float32, bits=0))
+    expected = logits(load_model(str(folder), CPU.torch_device, torch.float32, bits=0))
     if stored == torch.float32:
         torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=0)
     else:

@@ -11,7 +11,7 @@ import torch
 
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
-from tests.helpers import adapter_weights, needs_bitsandbytes, records, refusal, rows_of, tells
+from tests.helpers import adapter_weights, first_fast, needs_bitsandbytes, records, refusal, rows_of, tells
 from tests.test_card import read
 from tests.test_chat_files import write
 from tests.test_several import needs_fsdp2, torchrun
@@ -107,7 +107,7 @@ def test_the_result_says_of_what_it_was_made_and_can_go_on_too(work, warm):
     assert held_out(work / "whole")[0] == pytest.approx(held_out(work / "more")[-1], abs=0.02)
 
 
-@pytest.mark.parametrize("given", ["", "--lora-dropout 0.2"])
+@pytest.mark.parametrize("given", first_fast(1, ["", "--lora-dropout 0.2"]))
 def test_dropout_is_as_it_was_where_no_other_is_given(given, work, warm):
     warm(f"{TRAIN} {OWN} --lora-dropout 0.5 --max-train-steps 1 --save-dir ./dropped", cwd=work)
     words = GO_ON.replace("./adapter", "./dropped")
@@ -134,6 +134,7 @@ def test_an_adapter_of_plain_peft_goes_on(work, warm):
     assert config_of(work / "further")["use_rslora"] is True
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_a_base_in_4_bit_stays_in_4_bit(work, warm):
     warm(f"{TRAIN} {OWN} --load-in-4bit --max-train-steps 3 --save-dir ./adapter", cwd=work)
@@ -151,6 +152,7 @@ def test_a_base_in_4_bit_stays_in_4_bit(work, warm):
     assert "Plan: LoRA, " in said and held_out(work / "korean")[0] == held_out(work / "adapter")[-1]
 
 
+@pytest.mark.slow
 def test_gpt_2_whose_layers_are_transposed(folder, warm):
     warm("python tutorial/download_gpt_13b.py --tiny", cwd=folder)
     sample = "--dataset-name-or-path dataset/samples/Evol-Instruct-Python-26k --block-size 128"
@@ -180,7 +182,7 @@ def test_a_cut_run_goes_on_with_the_same_command(work, warm):
     }.items():
         tells(warm(f"{cut} {words}", cwd=work, ok=None), said)
     said = warm(f"{cut} --model-name-or-path ./moved", cwd=work).stdout  # the same weights in another place
-    assert "Continuing from step 2 of 4" in said
+    assert "Resuming from step 2 of 4" in said
     one, other = adapter_weights(work / "whole"), adapter_weights(work / "cut")
     assert all(torch.equal(weight, other[key]) for key, weight in one.items())
 

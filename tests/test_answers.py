@@ -196,7 +196,7 @@ def test_an_interrupt_loses_no_finished_answer(number, never_cut_answers, asks, 
     rows = lines(asks / "questions.jsonl") * 40
     write(asks / "questions.jsonl", rows)
     process = start(FILE, cwd=asks)
-    path, seen, end = asks / "answers.jsonl", b"", time.monotonic() + 120
+    path, seen, end = asks / "answers.jsonl", b"", time.monotonic() + TIMEOUT
     try:
         while seen.count(b"\n") < 50:
             assert process.poll() is None and time.monotonic() < end, process.communicate()
@@ -322,7 +322,7 @@ def test_options_that_do_not_go_together(words, told, refused):
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_place_where_nothing_may_be_written(ready, refused):
     (ready / "mine").mkdir(mode=0o555)
-    refused([GOOD], "--save-path", "mine/answers.jsonl", tells_of=["Nothing may be written", "--save-path"])
+    refused([GOOD], "--save-path", "mine/answers.jsonl", tells_of=["is not writable", "--save-path"])
 
 
 def test_a_prompt_that_is_longer_than_the_model_has_room_for(refused):

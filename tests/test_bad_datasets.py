@@ -173,7 +173,7 @@ def test_a_handful_of_rows_is_enough(ready, warm):
     (ready / "mine.jsonl").write_text(LINE * 5)
     warm(PREPARE, "--dataset-name-or-path", "mine.jsonl", cwd=ready)
     done = warm("python tutorial/train_llama3.py", cwd=ready)
-    assert "--batch-size 256 is more than the 5 rows of the data: 5 is used." in done.stdout.splitlines()
+    assert "--batch-size 256 exceeds the 5 training rows; using 5." in done.stdout.splitlines()
     assert "Held-out" not in done.stdout
     assert (ready / "llama3_summarization" / "model.safetensors").is_file()
 

@@ -20,7 +20,7 @@ from dataset.templates import summarization
 from model.generation import answer_ids
 from model.loading import load_model
 from tests.conftest import ROOT, environment
-from tests.helpers import parquet, records, rows_of
+from tests.helpers import first_fast, parquet, records, rows_of
 from tests.test_chat_files import give_template, talk, write
 
 TRAIN = "python tutorial/train_llama3.py --max-train-steps 2 --batch-size 8 --lr 1e-3 --eval-rows 4"
@@ -88,7 +88,7 @@ def test_it_says_what_was_measured_and_what_is_known(name, results):
     assert str(results) not in text and str(results.parent) not in text
 
 
-@pytest.mark.parametrize("name", ["full", "adapter", "merged"])
+@pytest.mark.parametrize("name", first_fast(1, ["adapter", "full", "merged"]))
 def test_its_code_runs_and_answers_as_ours_does(name, results, monkeypatch):
     monkeypatch.chdir(results)  # from where the adapter's base is found
     _, _, text = read(results / name)

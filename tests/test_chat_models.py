@@ -14,7 +14,7 @@ from common.dataset_file import held_out_prompts
 from common.tokenization import load_tokenizer
 from tests import terminal
 from tests.conftest import environment, lay_out
-from tests.helpers import HAS_QWEN3, quantizes, tells
+from tests.helpers import HAS_QWEN3, first_fast, quantizes, tells
 from tests.test_chat import talk
 from tests.test_chat_files import PLAIN, give_template, write
 
@@ -91,7 +91,7 @@ def in_terminal(command, *typed, cwd):
     return shown
 
 
-@pytest.mark.parametrize("end", [b"\n", b"  \n", b"\x04"], ids=["empty line", "spaces", "Ctrl-D"])
+@pytest.mark.parametrize("end", first_fast(1, [b"\n", b"  \n", b"\x04"]), ids=["empty line", "spaces", "Ctrl-D"])
 def test_a_conversation_goes_on_until_an_empty_line(end, memorized):
     """What was said before is part of the next question, as it was learned."""
     typed = "제주도 날씨는?\n".encode(), "그럼 서울은?\n".encode(), end
@@ -114,7 +114,7 @@ def test_other_tools_stop_there_too(memorized):
 
 def test_scripts_that_ask_in_another_format_refuse_and_name_the_one_that_can(memorized, warm):
     done = warm("python tutorial/inference_llama3.py --model-name-or-path ./chat", cwd=memorized, ok=None)
-    tells(done, "./chat was trained on prompts of the template chat", "tutorial/inference_qwen3.py")
+    tells(done, "./chat was trained with the prompt template chat, and this script uses summarization")
 
 
 def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memorized, warm):
@@ -201,6 +201,7 @@ def test_instructions_become_conversations_of_two_turns(folder, warm):
     tells(done, "line 1", "no column 'messages'", "article, highlights")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAS_QWEN3 or not quantizes(), reason="needs Qwen3 and a bitsandbytes that quantizes on a CPU")
 def test_qwen3_in_4_bit_and_with_all_weights(folder, warm):
     warm("python tutorial/download_qwen3.py --tiny", cwd=folder)

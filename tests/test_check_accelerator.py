@@ -21,8 +21,8 @@ from common.support.hub import ask_hub
 from model.counts import can_count
 from model.tutorials import TUTORIALS as ALL
 from model.tutorials import Machine, way_to_run
-from tests.conftest import FOLDERS, NOWHERE, ROOT, lay_out, run
-from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, tells
+from tests.conftest import FOLDERS, NOWHERE, ROOT, TIMEOUT, lay_out, run
+from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, first_fast, tells
 from tests.hub_server import HubServer
 from tutorial import check_accelerator as check
 
@@ -129,7 +129,7 @@ def test_without_rich(folder, tmp_path):
     ],
 )
 def test_hub_and_token(token, status, reachable, said, found, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(check, "HUB_TIMEOUT", 60)  # the machine may be busy
+    monkeypatch.setattr(check, "HUB_TIMEOUT", TIMEOUT)  # the machine may be busy
     monkeypatch.setenv("HF_TOKEN", token or "")
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))  # not the tester's own
@@ -137,7 +137,7 @@ def test_hub_and_token(token, status, reachable, said, found, monkeypatch, tmp_p
         hub.failing = {"^/api/whoami-v2$": status} if status else {}
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         answer = ask_hub(check.HUB_TIMEOUT)
-        deadline = perf_counter() + 10
+        deadline = perf_counter() + TIMEOUT
         while not hub.requests and perf_counter() < deadline:  # it is written down when the answer has gone out
             sleep(0.01)
         asked = [(request.path, request.token) for request in hub.requests]
@@ -165,7 +165,7 @@ def test_hub_that_never_answers(monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         start = perf_counter()
         assert ask_hub(check.HUB_TIMEOUT)["reachable"] is False
-        assert 1 < perf_counter() - start < 30
+        assert 1 < perf_counter() - start < 300
 
 
 # ------------------------------------------------------------------------------------------------ other machines
@@ -305,12 +305,13 @@ counted = pytest.mark.skipif(not can_count(), reason="torch before 2.2 plans by 
 
 
 @counted
-@pytest.mark.parametrize("platform, memory, devices", PLANS)
+@pytest.mark.parametrize("platform, memory, devices", first_fast(3, PLANS))
 def test_best_method(platform, memory, devices):
     expected = PLANS[platform, memory, devices]
     assert {name: method_of(name, platform, memory, devices) for name in expected} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["MoAI", "CUDA", "CPU"])
 @pytest.mark.parametrize("name", ["SmolLM2 135M", "Llama 3.1 8B", "Qwen3 4B"])
 def test_more_memory_is_never_worse(name, platform):
@@ -397,7 +398,7 @@ def test_bad_input(words, said, folder, warm):
 # ------------------------------------------------------------------------------------------------ the commands
 
 
-@pytest.mark.parametrize("name", TUTORIALS)
+@pytest.mark.parametrize("name", first_fast(1, TUTORIALS))
 def test_commands_are_there(name, warm, folder):
     """Every script that may be named, and every option of it."""
     machines = [("CPU", 64.0), ("CPU", 0.5), ("MoAI", 9000.0), ("CUDA", 9000.0)]
@@ -416,7 +417,7 @@ def test_commands_are_there(name, warm, folder):
         assert names <= set(re.findall(r"--[\w-]+", text)), script
 
 
-@pytest.mark.parametrize("name", ["Llama3 8B", "Llama 3.1 8B", "Qwen3 4B"])
+@pytest.mark.parametrize("name", first_fast(1, ["Llama3 8B", "Llama 3.1 8B", "Qwen3 4B"]))
 def test_rehearsal(name, warm, folder):
     """The commands for a machine on which nothing fits, with one epoch of ten: they touch nothing of a real model."""
     tutorial = TUTORIALS[name]

@@ -20,6 +20,7 @@ from common.checkpoint import Checkpoint, Checkpoints, find_checkpoint, restore,
 from common.device import Device
 from common.optim import make_optimizer
 from common.support.exit import StopRequest, UserError
+from common.support.files import Lock
 from model.fit import plan_training
 from tests.conftest import ROOT, TIMEOUT, start
 from tests.cuts import (
@@ -40,6 +41,7 @@ from tests.helpers import (
     STEP,
     contents,
     error_of,
+    first_fast,
     needs_bitsandbytes,
     needs_float16,
     records,
@@ -88,7 +90,13 @@ def cut_and_finish(warm, folder, words, place, step, left):
     return done
 
 
-@pytest.mark.parametrize("phase", PHASES)
+FAST = (
+    "in-a-micro-batch", "before-the-rename", "while-the-old-one-is-removed", "before-the-model-is-saved",
+    "before-the-model-has-its-config",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", first_fast(len(FAST), sorted(PHASES, key=lambda phase: phase not in FAST)))
 def test_killed_and_continued(phase, small, warm, never_cut):
     cut_and_finish(warm, small, FULL, *PHASES[phase])
     same_result(small, never_cut(KINDS["full"]))
@@ -156,6 +164,7 @@ def test_states_in_8_bit_are_kept_in_8_bit(small, warm, never_cut):
     same_result(small, never_cut(KINDS["8-bit-states"]))
 
 
+@pytest.mark.slow
 def test_killed_in_every_third_step(small, warm, never_cut):
     """Each process does two steps and a bit: on the way sums of a log line go through two checkpoints."""
     begins = []
@@ -181,6 +190,7 @@ def test_the_seconds_of_a_log_line_go_on(cut_copy, warm):
     assert 1000 < durations[6] < 1060 and 0 < durations[7] < 60
 
 
+@pytest.mark.slow
 def test_checkpoints_of_each_step_change_nothing(small, warm, never_cut):
     train(warm, small, f"{KINDS['full']} --save-steps 1 --save-total-limit 2")
     same_result(small, never_cut(KINDS["full"]))
@@ -207,14 +217,17 @@ STOPS = {
 
 @pytest.mark.parametrize(
     "number, phase, kind",
-    [
-        (signal.SIGTERM, "in-a-micro-batch", "lora"),
-        (signal.SIGINT, "in-a-micro-batch", "full"),
-        (signal.SIGTERM, "after-the-optimizer's-step", "full"),
-        (signal.SIGINT, "after-the-optimizer's-step", "lora"),
-        (signal.SIGTERM, "in-the-held-out-loss", "lora"),
-        (signal.SIGINT, "in-the-held-out-loss", "full"),
-    ],
+    first_fast(
+        2,
+        [
+            (signal.SIGTERM, "in-a-micro-batch", "lora"),
+            (signal.SIGINT, "after-the-optimizer's-step", "full"),
+            (signal.SIGINT, "in-a-micro-batch", "full"),
+            (signal.SIGTERM, "after-the-optimizer's-step", "lora"),
+            (signal.SIGTERM, "in-the-held-out-loss", "lora"),
+            (signal.SIGINT, "in-the-held-out-loss", "full"),
+        ],
+    ),
 )
 def test_stopped_and_continued(number, phase, kind, small, warm, never_cut):
     """The step under way is dropped, with what it has drawn for dropout; no --save-steps asks for a checkpoint."""
@@ -226,7 +239,7 @@ def test_stopped_and_continued(number, phase, kind, small, warm, never_cut):
     same_result(small, never_cut(KINDS[kind]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", first_fast(1, [signal.SIGTERM, signal.SIGINT]))
 def test_stopped_while_a_checkpoint_is_written(number, small, warm, never_cut):
     stopped(train(warm, small, FULL, cut=f"{int(number)} open:checkpoint.json 4.1"), number, 4)
     assert checkpoints(small) == [4] and not scratch(small)
@@ -238,10 +251,11 @@ def test_stopped_before_the_first_step(small, warm):
     """In the held-out loss of the untrained model."""
     done = train(warm, small, FULL, cut="15 -common.trainer:forward 2")
     assert done.returncode == 143
-    assert done.stderr.splitlines()[-1] == "Stopped before the first step; nothing was saved."
+    assert done.stderr.splitlines()[-1] == "Stopped; nothing was saved."
     assert not checkpoints(small) and not scratch(small)
 
 
+@pytest.mark.slow
 def test_stopped_again_before_the_next_step(small, warm, never_cut):
     """A run that has just gone on, in the held-out loss that the first one had dropped: nothing is written twice."""
     stopped(train(warm, small, KINDS["full"], cut="15 -common.trainer:forward 4.5"), signal.SIGTERM, 4)
@@ -253,13 +267,14 @@ def test_stopped_again_before_the_next_step(small, warm, never_cut):
     same_result(small, never_cut(KINDS["full"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_in_the_last_checkpoint(number, small, warm):
     done = train(warm, small, FULL, cut=f"{int(number)} open:checkpoint.json 7.1")
     stopped(done, number, 7)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", first_fast(1, [signal.SIGTERM, signal.SIGINT]))
 def test_stopped_while_the_model_is_saved(number, small, warm, never_cut):
     """What was there stays, the last step's checkpoint too, and the line says where it goes on."""
     done = train(warm, small, FULL, cut=f"{int(number)} open:/run.json 7.1")
@@ -308,7 +323,7 @@ def test_sigterm_to_the_whole_process_group_twice(small, warm):
     assert went_on(train(warm, small, again)) == step
 
 
-@pytest.mark.parametrize("place", ["open:checkpoint.json 6.1", "tensors"])
+@pytest.mark.parametrize("place", first_fast(1, ["open:checkpoint.json 6.1", "tensors"]))
 def test_a_second_ctrl_c_while_the_checkpoint_is_written(place, small, warm, never_cut):
     """It ends at once, and loses that one; the one before it is whole."""
     if place == "tensors":
@@ -423,6 +438,21 @@ def remove_lock(folder):
 
 
 @pytest.fixture
+def find(monkeypatch):
+    """find_checkpoint, which releases its lock as the end of a process would."""
+    locks = []
+    monkeypatch.setattr("common.checkpoint.Lock", lambda directory: locks.append(Lock(directory)))
+
+    def find(args):
+        try:
+            return find_checkpoint(args)
+        finally:
+            locks.pop().release()
+
+    return find
+
+
+@pytest.fixture
 def cut_copy(cut, tmp_path):
     return copy_of(cut, tmp_path / "cut")
 
@@ -438,7 +468,7 @@ def file_of(checkpoint, part):
     return path
 
 
-@pytest.mark.parametrize("part", sorted({TENSORS, METADATA, "checkpoint.json"}))
+@pytest.mark.parametrize("part", first_fast(1, sorted({TENSORS, METADATA, "checkpoint.json"})))
 def test_one_flipped_byte(part, cut_copy, warm, never_cut):
     """The one before it is taken, and the end is the same; where there is none, nothing is loaded."""
     newest = cut_copy / SAVED / "checkpoint-6"
@@ -484,23 +514,23 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_cannot_be_continued(damage, cut_copy, monkeypatch, capsys):
+def test_what_cannot_be_continued(damage, cut_copy, find, monkeypatch, capsys):
     """The one before it is taken, and where there is none one line says why, and what to do."""
     harm, why = DAMAGE[damage]
     monkeypatch.chdir(cut_copy)
     args = argparse.Namespace(**options_of(cut_copy))
     harm(cut_copy / SAVED / "checkpoint-6")
-    assert find_checkpoint(args).path.name == "checkpoint-4"
+    assert find(args).path.name == "checkpoint-4"
     lines = capsys.readouterr().out.splitlines()
     assert why in lines[0] and lines[0].endswith(f"; using the older checkpoint {SAVED}/checkpoint-4.")
     assert lines[1:] == [f"Resuming from step 4 of 7: {SAVED}/checkpoint-4"]
     shutil.rmtree(cut_copy / SAVED / "checkpoint-4")
     with pytest.raises(UserError, match="--restart") as refused:
-        find_checkpoint(args)
+        find(args)
     assert why in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_any_word_of_the_facts(cut_copy, monkeypatch, capsys):
+def test_any_word_of_the_facts(cut_copy, find, monkeypatch, capsys):
     """Whichever name or number becomes another one: the other checkpoint is taken."""
     monkeypatch.chdir(cut_copy)
     args = argparse.Namespace(**options_of(cut_copy))
@@ -509,7 +539,7 @@ def test_any_word_of_the_facts(cut_copy, monkeypatch, capsys):
     for word in re.finditer(rb"(?<![\w.])\w", whole):
         flip(path, word.start())
         try:
-            found = find_checkpoint(args)
+            found = find(args)
             if found.path.name != "checkpoint-4":
                 failed.append((word.start(), found.path.name))
         except Exception as error:
@@ -567,6 +597,7 @@ def test_restart_keeps_the_old_checkpoints_until_the_first_new_one_is_whole(cut_
     same_result(cut_copy, never_cut(f"{KINDS['full']} --seed 1"))
 
 
+@pytest.mark.slow
 def test_a_restart_that_was_killed_between_the_new_one_and_the_old_ones(cut_copy, warm, never_cut):
     """Without --restart the newest goes on, and it is of the new run, though its step is smaller."""
     anew = f"{FULL} --seed 1"
@@ -606,33 +637,33 @@ def cut_lora(small_base, warm, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_option_that_makes_another_run(name, cut, monkeypatch):
-    refused_option(cut, monkeypatch, name, *REFUSED[name])
+def test_an_option_that_makes_another_run(name, cut, find, monkeypatch):
+    refused_option(cut, find, monkeypatch, name, *REFUSED[name])
 
 
 @pytest.mark.parametrize("name", REFUSED_OF_LORA)
-def test_an_option_of_lora_that_makes_another_run(name, cut_lora, monkeypatch):
-    refused_option(cut_lora, monkeypatch, name, *REFUSED_OF_LORA[name])
+def test_an_option_of_lora_that_makes_another_run(name, cut_lora, find, monkeypatch):
+    refused_option(cut_lora, find, monkeypatch, name, *REFUSED_OF_LORA[name])
 
 
-def refused_option(folder, monkeypatch, name, was, now):
+def refused_option(folder, find, monkeypatch, name, was, now):
     """Both values in one line, and nothing is changed."""
     monkeypatch.chdir(folder)
     before, options = contents(folder), options_of(folder)
     assert options[name] == was
     with pytest.raises(UserError) as refusal:
-        find_checkpoint(argparse.Namespace(**{**options, name: now}))
+        find(argparse.Namespace(**{**options, name: now}))
     line = str(refusal.value)
     assert f"--{name.replace('_', '-')} was {was} and is {now}" in line and "--restart" in line and "\n" not in line
     assert contents(folder) == before
 
 
 @pytest.mark.parametrize("name", FREE)
-def test_an_option_that_makes_the_same_run(name, cut, monkeypatch, capsys):
+def test_an_option_that_makes_the_same_run(name, cut, find, monkeypatch, capsys):
     monkeypatch.chdir(cut)
     options = options_of(cut)
     assert options[name] != FREE[name]
-    resume = find_checkpoint(argparse.Namespace(**{**options, name: FREE[name]}))
+    resume = find(argparse.Namespace(**{**options, name: FREE[name]}))
     assert resume.path.name == "checkpoint-6" and "Resuming from step 6 of 7" in capsys.readouterr().out
 
 
@@ -674,7 +705,7 @@ def test_options_that_change_only_the_log_and_the_checkpoints(cut_copy, warm, ne
     assert not checkpoints(cut_copy) and not scratch(cut_copy)
 
 
-@pytest.mark.parametrize("option", ["--micro-batch-tokens 192", "--gradient-checkpointing"])
+@pytest.mark.parametrize("option", first_fast(1, ["--micro-batch-tokens 192", "--gradient-checkpointing"]))
 def test_options_of_the_memory(option, cut_copy, warm):
     """A run that was cut by a full memory goes on with them, its sums in another order."""
     done = train(warm, cut_copy, f"{FULL} {option}")
@@ -692,13 +723,14 @@ def test_a_model_and_a_dataset_that_were_moved(cut_copy, warm, never_cut):
 LONGER = SHORT.replace("--max-train-steps 7", "--max-train-steps 9")
 
 
-@pytest.mark.parametrize("more", ["--max-train-steps 9", "--epochs 3"])
+@pytest.mark.parametrize("more", first_fast(1, ["--max-train-steps 9", "--epochs 3"]))
 def test_more_steps_at_a_constant_learning_rate(more, cut_copy, warm, never_cut):
     words = FULL.replace("--max-train-steps 7", more)
     assert went_on(train(warm, cut_copy, words)) == 6
     same_result(cut_copy, never_cut(LONGER))
 
 
+@pytest.mark.slow
 def test_more_steps_after_the_last_one(small, warm, never_cut):
     """Killed while the model was saved: the old end has its lines, all else is that of the longer run."""
     killed(train(warm, small, FULL, cut="9 -model.loading:save_model 1"))
@@ -730,7 +762,7 @@ def best_step(folder):
     return min(held_out, key=held_out.get), held_out
 
 
-@pytest.mark.parametrize("cut", ["", "-torch:Tensor.backward LATER.2", "-model.loading:save_model 1"])
+@pytest.mark.parametrize("cut", first_fast(1, ["-torch:Tensor.backward LATER.2", "", "-model.loading:save_model 1"]))
 def test_the_best_weights_are_saved(cut, small, warm, never_cut):
     best, held_out = best_step(never_cut(KEEP))
     assert 1 < best < 8, held_out  # else this test says nothing
@@ -739,12 +771,13 @@ def test_the_best_weights_are_saved(cut, small, warm, never_cut):
         assert best in checkpoints(small)
     done = train(warm, small, KEEP)
     assert went_on(done) == (0 if not cut else best if "LATER" in cut else 9)
-    assert f"[Step {best}/9] | Best held-out loss: {held_out[best]:.5f}, of the weights that are saved" in done.stdout
+    assert f"[Step {best}/9] | Best held-out loss: {held_out[best]:.5f}, saving these weights" in done.stdout
     assert records(small / SAVED)[-1] == {"step": best, "best_held_out_loss": held_out[best]}
     same_weights(small, never_cut(f"{BEST} --max-train-steps {best}"))
     same_result(small, never_cut(KEEP))
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_beside_newer_ones(small, warm, never_cut):
     """--save-total-limit 1 and --save-steps 1: the best one, and the newest."""
     best, _ = best_step(never_cut(KEEP))

@@ -43,7 +43,7 @@ def line_of_adapter(page, directory, bits):
 
 
 def too_large(batch_size, rows=ROWS):
-    return f"--batch-size {batch_size} is more than the {rows} rows of the data: {rows} is used."
+    return f"--batch-size {batch_size} exceeds the {rows} training rows; using {rows}."
 
 
 # ------------------------------------------------------------------------------------------------ the five commands

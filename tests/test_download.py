@@ -13,15 +13,14 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import pytest
 
 from common.support.exit import UserError
 from common.support.model_dir import check_weights
+from tests.conftest import ROOT, TIMEOUT
 from tests.hub_server import HubServer
 
-ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
     "from common.support.exit import run; from common.support.hub import download_model; "
@@ -94,7 +93,7 @@ def download(tmp_path):
     def run(hub, repo, save_dir, token=None, before=(), start=subprocess.run, **env):
         args = [repo, str(save_dir)] + ([token] if token else [])
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "universal_newlines": True}
-        options.update({"timeout": 60} if start is subprocess.run else {})
+        options.update({"timeout": TIMEOUT} if start is subprocess.run else {})
         env = environment(hub, tmp_path / "hf_home", **env)
         return start([*before, sys.executable, "-c", PROGRAM, *args], env=env, cwd=str(tmp_path), **options)
 
@@ -304,14 +303,16 @@ def test_ctrl_c_or_sigterm_stops_at_once(download, tmp_path, first, number):
     """The library alone would go on until every running transfer is through."""
     with HubServer({REPO: {"config.json": b"{}" * 99, "model.safetensors": safetensors(a=25_000_000)}}) as hub:
         hub.stalls = {"config.json", "model.safetensors"} - {first}
-        run = download(hub, REPO, "new/dir", start=subprocess.Popen, HF_HUB_DOWNLOAD_TIMEOUT="60")
-        deadline = time.monotonic() + 30
+        run = download(hub, REPO, "new/dir", start=subprocess.Popen, HF_HUB_DOWNLOAD_TIMEOUT="1800")
+        deadline = time.monotonic() + TIMEOUT
         while (
             not (hub.stalled.is_set() and (tmp_path / "new" / "dir" / first).exists()) and time.monotonic() < deadline
         ):
             time.sleep(0.05)
         run.send_signal(number)
-        out, err = run.communicate(timeout=10)
+        asked = time.monotonic()
+        out, err = run.communicate(timeout=TIMEOUT)
+        assert time.monotonic() - asked < 300
         assert run.returncode == 128 + number and "Traceback" not in err
         assert err.splitlines()[-1] == "Interrupted. Run the same command again to continue."
         assert files_in(tmp_path / "new" / "dir") == {first}

@@ -13,7 +13,7 @@ import pytest
 
 from common.support.exit import UserError
 from common.support.files import Lock, atomic_write, require_disk_space, require_writable
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TIMEOUT
 
 # A process that writes is killed at each line of common/support/files.py in turn, and what it leaves is looked at.
 KILLED = """
@@ -117,7 +117,7 @@ STATES = {
 @pytest.mark.parametrize("what", STATES)
 def test_killed_at_each_line_it_leaves_the_old_or_the_new(what, tmp_path):
     words = [sys.executable, "-c", KILLED.format(root=str(ROOT)), what, str(tmp_path / "place")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) > 20

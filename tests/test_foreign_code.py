@@ -30,7 +30,7 @@ class StrangeTokenizer(PreTrainedTokenizerFast):
     pass
 """
 OF_CONFIG = {"AutoConfig": "strange.StrangeConfig", "AutoModelForCausalLM": "strange.StrangeModel"}
-ASKS = "which is never run here"
+ASKS = "requires trust_remote_code"
 MODEL, DATA = "--model-name-or-path ./llama3-8b", "--dataset-name-or-path ./llama3_dataset.pt"
 SCRIPTS = {
     "train": TRAIN,

@@ -15,7 +15,7 @@ from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model.loading import load_model
 from tests import stored_forms as forms
-from tests.helpers import INFERENCE, PREPARE, SAMPLE, TRAIN, tells
+from tests.helpers import INFERENCE, PREPARE, SAMPLE, TRAIN, first_fast, tells
 from tests.test_targets import FUSED
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,8 +36,8 @@ def model_of(config_class, ready, to="./other", dtype=torch.float32, **settings)
 # ------------------------------------------------------------------------------------ f. later tokens in sight
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("encoder", ["Bert", "Roberta", "Electra", "XLMRoberta", "MegatronBert"])
+@pytest.mark.parametrize("dtype", first_fast(1, [torch.float32, torch.bfloat16]), ids=str)
+@pytest.mark.parametrize("encoder", first_fast(1, ["Bert", "Roberta", "Electra", "XLMRoberta", "MegatronBert"]))
 @pytest.mark.parametrize("how", ["train", "lora", "evaluate"])
 def test_an_encoder_is_refused(how, encoder, dtype, ready, warm):
     directory = model_of(encoder, ready, dtype=dtype, max_position_embeddings=2048)
@@ -46,13 +46,13 @@ def test_an_encoder_is_refused(how, encoder, dtype, ready, warm):
     tells(warm(command, "--model-name-or-path", directory, *more, cwd=ready, ok=None), directory, "causal", "later")
 
 
-@pytest.mark.parametrize("encoder", ["Bert", "Roberta"])
+@pytest.mark.parametrize("encoder", first_fast(1, ["Bert", "Roberta"]))
 def test_the_same_with_causal_attention_is_trained(encoder, ready, warm):
     directory = model_of(encoder, ready, max_position_embeddings=2048, is_decoder=True)
     warm(TRAIN, "--model-name-or-path", directory, "--save-dir", "./result", cwd=ready)
 
 
-@pytest.mark.parametrize("kind", ["T5", "Bart", "Pegasus", "MBart", "MT5"])
+@pytest.mark.parametrize("kind", first_fast(1, ["T5", "Bart", "Pegasus", "MBart", "MT5"]))
 @pytest.mark.parametrize("script", ["train", "lora", "inference"])
 def test_an_encoder_decoder_is_refused_by_its_name(kind, script, ready, warm):
     shutil.copytree(ready / "llama3-8b", ready / "other")
@@ -65,7 +65,7 @@ def test_an_encoder_decoder_is_refused_by_its_name(kind, script, ready, warm):
 # ------------------------------------------------------------------------------------ h. heads, ids and embeddings
 
 
-@pytest.mark.parametrize("words", [[], ["--use-lora"]], ids=["full", "lora"])
+@pytest.mark.parametrize("words", first_fast(1, [[], ["--use-lora"]]), ids=["full", "lora"])
 def test_opt_whose_forward_goes_past_its_base_model(words, ready, warm):
     directory = model_of(
         "OPT", ready, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=2048, intermediate_size=64
@@ -91,7 +91,7 @@ def larger_tokenizer(ready, how):
     return first, len(tokenizer) - 1
 
 
-@pytest.mark.parametrize("how", ["tokens", "end token", "pad token", "chat tokens"])
+@pytest.mark.parametrize("how", first_fast(2, ["tokens", "end token", "pad token", "chat tokens"]))
 def test_ids_beyond_the_embeddings_are_one_line_with_both_sizes(how, ready, warm):
     embeddings, largest = larger_tokenizer(ready, how)
     sample = ["--dataset-name-or-path", SAMPLE]
@@ -114,7 +114,9 @@ def test_resized_embeddings_are_trained_and_saved(ready, warm):
 # ------------------------------------------------------------------------------------ j. advice by cause
 
 
-@pytest.mark.parametrize("prefix, inside", [("_orig_mod.", "model._orig_mod"), ("module.", "model.module")])
+@pytest.mark.parametrize(
+    "prefix, inside", first_fast(1, [("_orig_mod.", "model._orig_mod"), ("module.", "model.module")])
+)
 @pytest.mark.parametrize("script", ["train", "lora", "inference"])
 def test_names_with_a_prefix(prefix, inside, script, ready, warm):
     forms.renamed(ready / "llama3-8b", ready / "other", prefix)
@@ -132,7 +134,7 @@ def config_of(ready, **changed):
 
 CAUSES = {
     "an architecture that transformers does not know": ({"model_type": "velmora"}, "pip install -U transformers"),
-    "code of its own": ({"model_type": "velmora", "auto_map": {"AutoConfig": "c.C"}}, "never run here"),
+    "code of its own": ({"model_type": "velmora", "auto_map": {"AutoConfig": "c.C"}}, "requires trust_remote_code"),
     "sizes of another model": ({"hidden_size": 32, "head_dim": 8}, "different models"),
     "more layers than the weights have": ({"num_hidden_layers": 3}, "lack"),
     "fewer layers than the weights have": ({"num_hidden_layers": 1}, "no place for"),
@@ -147,7 +149,7 @@ def test_advice_by_cause(cause, ready, warm):
         tells(warm(command, "--model-name-or-path", "./other", cwd=ready, ok=None), "./other", advice)
 
 
-@pytest.mark.parametrize("kind", ["Vit", "Whisper", "Clip"])
+@pytest.mark.parametrize("kind", first_fast(1, ["Vit", "Whisper", "Clip"]))
 def test_a_model_of_another_kind(kind, ready, warm):
     shutil.copytree(ready / "llama3-8b", ready / "other")
     name = {"Vit": "ViT", "Clip": "CLIP"}.get(kind, kind)
@@ -161,7 +163,7 @@ def test_a_model_of_another_kind(kind, ready, warm):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "Olmoe"])
+@pytest.mark.parametrize("kind", first_fast(1, ["Mixtral", "Qwen3Moe", "Olmoe"]))
 def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
     more = {"num_local_experts" if kind == "Mixtral" else "num_experts": 4, "num_experts_per_tok": 2}
     if not hasattr(transformers, f"{kind}Config"):

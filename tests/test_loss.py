@@ -16,7 +16,7 @@ from model.adapters import add_lora
 from model.fit import TrainingPlan
 from model.loss import CausalLMLoss, has_plain_head
 from model.tiny import write_tiny
-from tests.helpers import answer_start, split_of
+from tests.helpers import answer_start, first_fast, split_of
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}  # fmt: skip
@@ -102,7 +102,7 @@ def one_padded_batch(model, split, train_on_prompt):
     return loss.detach(), gradients
 
 
-@pytest.mark.parametrize("train_on_prompt", [False, True])
+@pytest.mark.parametrize("train_on_prompt", first_fast(1, [False, True]))
 @pytest.mark.parametrize("kind", KINDS + LORA)
 def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt, build, monkeypatch):
     monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)  # several chunks in every micro-batch

@@ -109,6 +109,7 @@ def sharded(directory, place, processes, lora=False):
     return json.loads(answers[0][0].splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(getattr(torch.distributed, "fsdp", None), "fully_shard"), reason="torch before 2.6 can't shard so"
 )
@@ -116,8 +117,8 @@ def sharded(directory, place, processes, lora=False):
     "kind, lora",
     [
         ("smollm2", False),  # its embeddings are its output layer
-        pytest.param("llama3", False, marks=pytest.mark.slow),
-        pytest.param("llama3", True, marks=pytest.mark.slow),
+        ("llama3", False),
+        ("llama3", True),
     ],
 )
 def test_two_processes_that_shard_it_train_as_one_does(kind, lora, directories, tmp_path):

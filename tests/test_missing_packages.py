@@ -10,7 +10,7 @@ import torch
 from common.support.exit import UserError
 from model import adapters, quantization
 from tests.conftest import ROOT, run
-from tests.helpers import TRAIN, change_dataset, contents, needs_bitsandbytes, refusal, tells
+from tests.helpers import TRAIN, change_dataset, contents, first_fast, needs_bitsandbytes, refusal, tells
 
 LORA = f"{TRAIN} --use-lora"
 FOUR_BIT = "requirements/requirements_4bit.txt"
@@ -95,7 +95,7 @@ def test_lora_with_a_peft_that_is_too_old(monkeypatch):
         adapters.load_adapter(None, "./adapter")
 
 
-@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+@pytest.mark.parametrize("package", first_fast(1, ["gguf", "accelerate"]))
 def test_smollm2_without_a_reader_of_its_format(package, folder, tmp_path):
     """As on a page that installs the packages of another tutorial: told before the download."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None\n")
@@ -105,7 +105,8 @@ def test_smollm2_without_a_reader_of_its_format(package, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "package, template", [("rouge_score", "summarization"), ("sacrebleu", "korean_alpaca"), ("sacrebleu", "mine")]
+    "package, template",
+    first_fast(1, [("rouge_score", "summarization"), ("sacrebleu", "korean_alpaca"), ("sacrebleu", "mine")]),
 )
 def test_what_judges_answers_is_told_before_any_is_made(package, template, ready, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None\n")
@@ -118,7 +119,7 @@ def test_what_judges_answers_is_told_before_any_is_made(package, template, ready
     assert contents(ready) == before and "Loading weights" not in done.stderr
 
 
-@pytest.mark.parametrize("package", ["peft", "psutil", "matplotlib", "rich", "transformers", "tqdm"])
+@pytest.mark.parametrize("package", first_fast(2, ["peft", "matplotlib", "psutil", "rich", "transformers", "tqdm"]))
 def test_each_package_of_ours_is_named_with_its_file(package, ready, tmp_path):
     """matplotlib only draws a picture: the training goes on without it."""
     (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None\n")

@@ -16,7 +16,7 @@ import pytest
 from common.tokenization import Example, encode_examples, encode_prompt, load_tokenizer
 from dataset.prepare import num_cores
 from dataset.templates import alpaca, instruction, summarization
-from tests.conftest import start
+from tests.conftest import TIMEOUT, start
 from tests.helpers import KINDS, PREPARE, SAMPLE, contents, encode_rows, rows_of, tells
 
 
@@ -204,14 +204,14 @@ def test_interrupted_while_it_encodes_leaves_nothing_and_no_process(number, read
         file.writelines(some * 200)
     before = contents(ready)
     process = start(PREPARE, "--dataset-name-or-path", "many.jsonl", "--save-path", "new.pt", cwd=ready)
-    deadline = time.time() + 900
+    deadline = time.time() + TIMEOUT
     while not any(path.stat().st_size for path in ready.glob(".new.pt.*/train.ids")) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
     children = psutil.Process(process.pid).children()
     assert children or num_cores() == 1
     process.send_signal(number)
-    _, err = process.communicate(timeout=900)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number) or process.returncode == 130
     assert "Traceback" not in err and err.splitlines()[-1].startswith("Interrupted"), err
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from tests import terminal
-from tests.conftest import ROOT, environment, run
+from tests.conftest import ROOT, TIMEOUT, environment, run
 from tests.helpers import DOWNLOAD, INFERENCE, PREPARE, SAMPLE, SCRIPTS, TRAIN, contents, error_of, refusal, tells
 
 ASK = SCRIPTS["inference"]
@@ -238,7 +238,7 @@ def test_a_training_whose_output_closes(ready):
             assert process.poll() is None, process.communicate()
         process.stdout.close()
         err = process.stderr.read()
-        assert process.wait(60) == CLOSED_PIPE
+        assert process.wait(TIMEOUT) == CLOSED_PIPE
     finally:
         process.kill()
     assert "Traceback" not in err and "rror" not in err, err

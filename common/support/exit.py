@@ -195,6 +195,10 @@ def _end(status: int) -> None:
         at_once = True
     if at_once:
         os._exit(status)
+    if status == 128 + signal.SIGINT and os.name == "posix":
+        # Die by the signal itself, so that a shell loop around the script stops as well.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGINT)
     sys.exit(status)
 
 
