@@ -24,6 +24,14 @@ class Parser(argparse.ArgumentParser):
             if re.search("[\ud800-\udfff]", word):  # bytes in another encoding
                 self.error(f"{word!r} is not UTF-8 text: set the terminal to UTF-8, or rename the file")
 
+    def set_defaults(self, **defaults):
+        for name in defaults:
+            if all(
+                action.dest != name for action in self._actions
+            ):  # argparse would take a mistyped name for a new one
+                raise TypeError(f"{self.prog} has no option for the default {name}")
+        super().set_defaults(**defaults)
+
     def error(self, message: str):
         raise UserError(f"{message}. The options: python {sys.argv[0]} --help")
 
