@@ -184,7 +184,7 @@ def reset_peak(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda" and not hasattr(torch, "moreh"):
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError, AttributeError), open("/proc/self/clear_refs", "w") as file:
+    with contextlib.suppress(OSError, AttributeError, TypeError), open("/proc/self/clear_refs", "w") as file:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory
         file.write("5")  # https://docs.kernel.org/filesystems/proc.html
 
