@@ -224,6 +224,6 @@ def test_training_goes_on_from_it_with_conversations_and_with_blocks(results, wa
     said = warm("python tutorial/inference_qwen3.py --model-name-or-path ./talks --max-new-tokens 2", cwd=folder).stdout
     assert "[SUMMARIZE] 비 오는 날" in said
     done = warm("python tutorial/inference_qwen3.py --model-name-or-path ./full", cwd=folder, ok=None)
-    tells(done, "./full was trained on prompts of the template summarization", "tutorial/inference_llama3.py")
+    tells(done, "./full was trained with the prompt template summarization")
     evaluate = "python tutorial/evaluate.py --model-name-or-path ./full --rows 1 --max-new-tokens 2"
     assert "Perplexity" in warm(evaluate, cwd=folder).stdout

@@ -327,7 +327,7 @@ def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
     monkeypatch.setattr("model.loading.load_model", None)
     line = rf"^The trained model takes {size / 1e9:.1f} GB in {args.save_dir}, and that disk has \d+\.\d GB free\. "
-    with pytest.raises(UserError, match=line + r"Free some space, or give another --save-dir\.$"):
+    with pytest.raises(UserError, match=line + r"Free disk space or choose another --save-dir\.$"):
         load_for_training(args, PLAN, CPU)
     assert not (tmp_path / "new").exists()
 
