@@ -360,7 +360,9 @@ class Checkpoints:
             f"{missing / 1e9:.1f} GB are missing."
         )
         if self.args.save_steps or self.args.keep_best:
-            raise UserError(f"{line} Free disk space, or leave out --save-steps and --keep-best.")
+            raise UserError(
+                f"{line} Free disk space, choose another --save-dir, or leave out --save-steps and --keep-best."
+            )
         print(f"{line} No checkpoints will be written: an interrupted run must start over.", flush=True)
         return False
 

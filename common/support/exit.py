@@ -128,13 +128,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def disk_problem(error: Optional[BaseException]) -> str:
     """What is wrong with a disk that cannot be written, whatever library reports it; "" for any other error."""
-    while error is not None:
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-            if os.strerror(number) in str(error):
-                return os.strerror(number)
-        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
-            return os.strerror(errno.ENOSPC)  # torch.save does not say why it could not write
-        error = error.__context__
+    if error is None:
+        return ""
+    # torch.distributed.checkpoint collects the errors of all ranks in `failures`.
+    causes = [error.__context__] + [failure[0] for failure in getattr(error, "failures", {}).values()]
+    for cause in causes:
+        if disk_problem(cause):
+            return disk_problem(cause)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
+    if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter failed|unexpected pos", str(error)):
+        return os.strerror(errno.ENOSPC)  # torch.save does not say why it could not write
     return ""
 
 
