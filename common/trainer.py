@@ -267,9 +267,9 @@ class Trainer:
         """Raise Stopped where any rank was asked to stop; and ask all ranks whether the next checkpoint is due."""
         flags = [self.stop_request.number, self.checkpoints.minutes_are_over()]
         number, interval_is_over = distributed.all_reduce_max(flags)
-        self.stop_request.number = int(number)
         self.interval_is_over = bool(interval_is_over)
-        if self.stop_request.number:
+        if number:  # not otherwise: a signal that came after `flags` were read must not be lost
+            self.stop_request.number = int(number)
             raise Stopped
 
     def discard_step(self) -> None:

@@ -37,7 +37,8 @@ from tests.helpers import answer_start, needs_bitsandbytes, needs_float16, quant
 from tests.test_loss import a_split
 from tests.test_training import CPU, options
 
-FOUR, EIGHT = (pytest.param(bits, id=f"{bits} bit", marks=needs_bitsandbytes) for bits in (4, 8))
+FOUR = pytest.param(4, id="4 bit", marks=needs_bitsandbytes)
+EIGHT = pytest.param(8, id="8 bit", marks=[needs_bitsandbytes, pytest.mark.slow])
 WHOLE = pytest.param(0, id="whole")
 BF16, FP16 = CPU._replace(dtype=torch.bfloat16), CPU._replace(dtype=torch.float16)  # a T4 has no bfloat16
 IDS = torch.arange(48).view(2, 24) + 300

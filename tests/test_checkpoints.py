@@ -567,7 +567,7 @@ def test_what_killed_runs_have_left_is_removed_at_the_next_start(small, warm):
     for directory in ours + theirs:
         directory.mkdir(parents=True)
         (directory / "file").write_text("")
-    killed(train(warm, small, FULL, cut="9 -common.device:start_device 1"))
+    killed(train(warm, small, FULL, cut="9 -common.tokenization:load_tokenizer 1"))
     assert not [path for path in ours if path.exists()] and all(path.exists() for path in theirs)
 
 
@@ -575,7 +575,7 @@ def test_a_run_within_the_directory_of_another_one_leaves_its_scratch(small, war
     """--save-dir runs, and beside it --save-dir runs/second: the first one is writing a checkpoint."""
     under_way = small / "runs" / ".checkpoint-2.abcdefgh"
     under_way.mkdir(parents=True)
-    train(warm, small, f"{FULL} --save-dir runs/second", cut="9 -common.device:start_device 1")
+    train(warm, small, f"{FULL} --save-dir runs/second", cut="9 -common.tokenization:load_tokenizer 1")
     assert under_way.is_dir()
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT, run
 from tests.cuts import KILLED, SAVED, SHORT, TRAIN, checkpoints, killed, went_on
-from tests.helpers import contents, records, tells, weights
+from tests.helpers import contents, first_fast, records, tells, weights
 from tests.test_several import needs_fsdp2, torchrun
 
 REPORTERS = ["tensorboard", "wandb"]
@@ -103,7 +103,7 @@ def test_curves_are_those_of_the_log(reporter, small, warm, never_cut):
     assert len(before) == len(files(small, reporter)) == 1 and before != files(small, reporter)
 
 
-@pytest.mark.parametrize("reporter", REPORTERS)
+@pytest.mark.parametrize("reporter", first_fast(1, REPORTERS))
 def test_a_training_that_was_killed_has_one_curve(reporter, small, warm):
     """Killed in step 6, it resumes from step 4, and reports what followed a second time."""
     pytest.importorskip(reporter)
@@ -129,6 +129,7 @@ def test_a_reporter_may_be_asked_for_by_the_run_that_resumes(small, warm):
 
 
 @needs_fsdp2
+@pytest.mark.slow
 @pytest.mark.parametrize("reporter", REPORTERS)
 def test_of_several_processes_one_writes(reporter, small):
     pytest.importorskip(reporter)
@@ -141,7 +142,7 @@ def test_of_several_processes_one_writes(reporter, small):
 
 @pytest.mark.parametrize(
     "reporter, package",
-    [("tensorboard", "tensorboard"), ("tensorboard", "google.protobuf"), ("wandb", "wandb")],
+    first_fast(1, [("tensorboard", "tensorboard"), ("tensorboard", "google.protobuf"), ("wandb", "wandb")]),
 )
 def test_without_its_package(reporter, package, small, tmp_path):
     """One line, before anything is loaded. Who does not ask for it trains without."""

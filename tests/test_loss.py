@@ -135,7 +135,7 @@ def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt,
 
 
 @pytest.mark.parametrize("kind", ["llama2", "llama2 with LoRA"])
-@pytest.mark.parametrize("static_shapes", [False, True])
+@pytest.mark.parametrize("static_shapes", first_fast(1, [False, True]))
 def test_a_training_step_is_that_of_one_padded_batch(static_shapes, kind, build, tmp_path):
     split = a_split()
     model = build(kind)

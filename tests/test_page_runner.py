@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT, run
 from tests.page_runner import Shell, commands, difference, mistakes, read
 
+pytestmark = pytest.mark.slow  # of the runner itself; the pages are what it is for
 EXAMPLE = ROOT / "tutorial" / "example.md"  # there is none; the links of a page begin in its folder
 
 

@@ -19,7 +19,7 @@ from model.adapters import add_lora
 from model.loading import load_model, save_model
 from model.stored import how_stored
 from tests import stored_forms as forms
-from tests.helpers import INFERENCE, TRAIN, needs_bitsandbytes, needs_float16, records, tells
+from tests.helpers import INFERENCE, TRAIN, first_fast, needs_bitsandbytes, needs_float16, records, tells
 
 CPU = torch.device("cpu")
 IDS = torch.arange(48).view(2, 24) + 300
@@ -90,7 +90,7 @@ def test_an_adapter_on_fp8_is_that_of_its_16_bit_twin_and_can_be_asked_and_merge
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", first_fast(1, [4, 8]))
 def test_a_base_stored_by_bitsandbytes_does_all_that_another_does(bits, ready, warm):
     """Full training, LoRA, a question, evaluation, merging; an adapter as that on the plain base with --load-in-*."""
     forms.bitsandbytes(ready / "llama3-8b", ready / "packed", bits)
@@ -119,7 +119,7 @@ def test_a_base_stored_by_bitsandbytes_does_all_that_another_does(bits, ready, w
     tells(done, "./packed", f"stored in {bits} bit", f"--load-in-{bits}bit")
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "hqq", "compressed-tensors", "quanto"])
+@pytest.mark.parametrize("method", first_fast(2, ["gptq", "awq", "hqq", "compressed-tensors", "quanto"]))
 @pytest.mark.parametrize("script", ["train", "lora", "inference"])
 def test_other_quantizations_are_one_line_that_names_what_to_take(method, script, ready, warm):
     config = {"quant_method": method, "bits": 4}
@@ -198,7 +198,7 @@ SOME_FLOAT32 = {
 }
 
 
-@pytest.mark.parametrize("which", SOME_FLOAT32)
+@pytest.mark.parametrize("which", first_fast(1, SOME_FLOAT32))
 def test_float32_among_16_bit_comes_back_bit_for_bit(which, ready, warm):
     """--lr 0: the result's file is the base's, tensor by tensor; and merging an adapter that learned nothing too."""
     forms.with_float32(ready / "llama3-8b", ready / "mixed", SOME_FLOAT32[which])

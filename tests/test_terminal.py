@@ -13,7 +13,19 @@ import pytest
 
 from tests import terminal
 from tests.conftest import ROOT, TIMEOUT, environment, run
-from tests.helpers import DOWNLOAD, INFERENCE, PREPARE, SAMPLE, SCRIPTS, TRAIN, contents, error_of, refusal, tells
+from tests.helpers import (
+    DOWNLOAD,
+    INFERENCE,
+    PREPARE,
+    SAMPLE,
+    SCRIPTS,
+    TRAIN,
+    contents,
+    error_of,
+    first_fast,
+    refusal,
+    tells,
+)
 
 ASK = SCRIPTS["inference"]
 CLOSED_PIPE = 141  # 128 + SIGPIPE, as of a program that knows nothing of it
@@ -32,7 +44,7 @@ def shown(text, encoding):
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
-@pytest.mark.parametrize("encoding", ["cp949", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", first_fast(1, ["cp949", "ascii", "latin-1"]))
 def test_letters_that_the_terminal_lacks(encoding, ready, warm):
     done = warm(ASK, "--prompt", LETTERS, cwd=ready, env={"PYTHONIOENCODING": encoding})
     assert f"[SUMMARIZE] {shown(LETTERS, encoding)} [/SUMMARIZE]" in done.stdout
@@ -63,7 +75,7 @@ def test_answers_on_a_terminal_that_lacks_their_letters(ready, warm):
     assert "Perplexity" in evaluated.stdout
 
 
-@pytest.mark.parametrize("encoding", ["cp949", "ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", first_fast(1, ["cp949", "ascii", "latin-1"]))
 def test_help_in_letters_that_the_terminal_lacks(encoding, folder):
     """A reader's own copy of a script, with a docstring in his own words."""
     source = (ROOT / "tutorial" / "inference_llama3.py").read_text(encoding="utf-8")
@@ -210,6 +222,7 @@ def test_nobody_reads_the_output(command, ready, warm):
     assert left <= {"new", "new.pt"}  # these two scripts say nothing before their output is whole, or at its end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ["tutorial/train_llama3.py", "tutorial/inference_llama3.py"])
 def test_nobody_reads_the_help(script, folder):
     """The second is shorter than a buffer, and meets the closed pipe at the exit. Python drops the first by itself."""

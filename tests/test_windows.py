@@ -79,6 +79,7 @@ def test_from_the_download_to_an_answer(windows, folder):
     assert "[SUMMARIZE]" in run(INFERENCE, cwd=folder, env=windows).stdout
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_resumes(windows, folder, ready):
     words = "--batch-size 8 --eval-rows 0 --log-interval 1 --save-steps 1"
     process = start(f"python tutorial/train_llama3.py {words} --max-train-steps 100000", cwd=ready, **windows)
