@@ -13,7 +13,7 @@ from common.support.exit import UserError
 from common.trainer import eval_mode
 from model.packing import enable_packing, packed_inputs
 
-# float32 logits that exist at once: 64 MB on a CPU, 512 MB on an device
+# float32 logits that exist at once: 64 MB on a CPU, 512 MB on an accelerator
 CHUNK_ELEMENTS = {"cpu": 2**24}
 CHUNK_ELEMENTS_ELSEWHERE = 2**27
 
