@@ -62,6 +62,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout)  # and nothing else is there
 
 
+@pytest.mark.slow
 def test_json_tells_the_truth(found):
     parts = [found, found["devices"][0], found["hub"], found["tutorials"][0]]
     assert [

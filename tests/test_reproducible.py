@@ -54,6 +54,7 @@ def test_the_same_command_gives_the_same_model(ready, warm):
     assert len(again) == len(first) and all(one != other for one, other in zip(again, first))
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_the_same_command_gives_the_same_adapter(ready, warm):
     """Whatever the order of names in a set, which is another one in each process of Python; another seed, another."""

@@ -66,6 +66,7 @@ def test_each_script_starts(windows, folder):
     assert done.stdout.count("usage: ") == len(scripts)
 
 
+@pytest.mark.slow
 def test_from_the_download_to_an_answer(windows, folder):
     run(f"{DOWNLOAD} --tiny", cwd=folder, env=windows)
     run(f"{PREPARE} --dataset-name-or-path {SAMPLE}", cwd=folder, env=windows)
