@@ -636,12 +636,12 @@ def cut_lora(small_base, warm, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", first_fast(4, REFUSED))
 def test_an_option_that_makes_another_run(name, cut, find, monkeypatch):
     refused_option(cut, find, monkeypatch, name, *REFUSED[name])
 
 
-@pytest.mark.parametrize("name", REFUSED_OF_LORA)
+@pytest.mark.parametrize("name", first_fast(2, REFUSED_OF_LORA))
 def test_an_option_of_lora_that_makes_another_run(name, cut_lora, find, monkeypatch):
     refused_option(cut_lora, find, monkeypatch, name, *REFUSED_OF_LORA[name])
 
@@ -658,7 +658,7 @@ def refused_option(folder, find, monkeypatch, name, was, now):
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", first_fast(4, FREE))
 def test_an_option_that_makes_the_same_run(name, cut, find, monkeypatch, capsys):
     monkeypatch.chdir(cut)
     options = options_of(cut)

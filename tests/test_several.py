@@ -118,7 +118,7 @@ def four(one, prepared, tmp_path_factory):
     return made_by(4, one, prepared, tmp_path_factory.mktemp("four") / "work")
 
 
-FOLDERS = [pytest.param("two", marks=needs_fsdp2), pytest.param("four", marks=[needs_fsdp2, pytest.mark.slow])]
+FOLDERS = [pytest.param(name, marks=[needs_fsdp2, pytest.mark.slow]) for name in ("two", "four")]
 
 
 @pytest.fixture(params=FOLDERS)
