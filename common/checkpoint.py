@@ -315,6 +315,8 @@ class Checkpoints:
         path = self.directory / f"checkpoint-{state['step']}"
         metadata = {"time": time.time(), **self.run, "scaler": scaler, "state": state}
         try:
+            if path.exists():  # an earlier run's checkpoint of the same step
+                remove_checkpoint(path)
             write_checkpoint(path, tensors, metadata)
         except BaseException as error:  # torch's CheckpointException is no Exception
             if stop.at_once:  # torch's writer took Ctrl-C for an error of the disk

@@ -34,8 +34,8 @@ def in_step(step: int, what) -> None:
         now[0] = self.state.step + 1
         return gradients(self, *args)
 
-    def other(self, *args):
-        loss = forward(self, *args)
+    def other(self, *args, **kwargs):
+        loss = forward(self, *args, **kwargs)
         return what(loss) if now[0] == step else loss
 
     Trainer.backward, CausalLMLoss.forward = counted, other

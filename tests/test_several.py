@@ -335,7 +335,7 @@ def test_a_mistake_that_one_process_alone_meets(alone, work):
     words = [*TRAIN.split(), "--model-name-or-path", "./llama3-8b"]
     done = torchrun(2, APART, alone, "word ./llama3-8b ./nothing", *words, cwd=work)
     assert ours(done) == [
-        "error: The model directory ./nothing does not exist. Run python tutorial/download_llama3_8b.py first."
+        "error: The model directory ./nothing does not exist: Run python tutorial/download_llama3_8b.py first."
     ]
     assert time.monotonic() - began < 300
 
