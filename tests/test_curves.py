@@ -97,6 +97,8 @@ def test_curves_are_those_of_the_log(reporter, small, warm, never_cut):
     assert weights(small / SAVED) == weights(without / SAVED)
     names = [{path.name for path in (folder / SAVED).iterdir()} for folder in (small, without)]
     assert names[0] == names[1] | {reporter}
+    if reporter == "wandb":  # where each training is a run of its own
+        return
     before = files(small, reporter)
     train(warm, small, f"{words} --seed 1")  # another training into the same directory
     assert curves(small, reporter) == logged(small)
