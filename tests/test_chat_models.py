@@ -77,7 +77,11 @@ def test_a_file_of_prompts_is_answered_as_it_was_learned(memorized, tmp_path, wa
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     assert answers[1] == {"id": 7, "messages": TALK[:-1], "answer": "비가 와요.", "ended": True}
     assert [answer["answer"] for answer in answers] == ["맑아요.", "비가 와요.", "무엇을요?", "무엇을요?"]
-    assert all(answer["ended"] for answer in answers) and "4 rows, 4 ended by themselves" in said
+    assert (
+        all(answer["ended"] for answer in answers)
+        and "Saved 4 answers" in said
+        and "(4 ended with a stop token)" in said
+    )
     done = warm(f"{ASK} --model-name-or-path ./chat {words}", cwd=folder, ok=None)
     tells(done, "--system was 날씨만 말해. and is None")
 
