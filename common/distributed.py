@@ -22,14 +22,9 @@ from typing import Callable, ContextManager, Iterable, Iterator, List
 import torch
 import torch.distributed as dist
 
-from common.support.exit import UserError, is_peer_failure, short_message
+from common.support.exit import UserError, is_peer_failure, short_message, world_size
 
 TIMEOUT = timedelta(minutes=30)  # after which a rank that waits for another one gives up
-
-
-def world_size() -> int:
-    """The number of processes that train together."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
