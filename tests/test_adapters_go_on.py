@@ -177,7 +177,7 @@ def test_a_cut_run_goes_on_with_the_same_command(work, warm):
     done = warm(f"{script} {cut.partition('train_llama3.py ')[2]}", cwd=work, ok=None)
     assert done.returncode and (work / "cut" / "checkpoint-2").is_dir(), done.stderr
     for words, said in {
-        "--model-name-or-path ./llama3-8b": "--model-name-or-path was ./adapter and is ./llama3-8b",
+        "--model-name-or-path ./llama3-8b": "--model-name-or-path ./llama3-8b has different weights",
         "--lora-dropout 0.1": "--lora-dropout was 0.0 and is 0.1",
     }.items():
         tells(warm(f"{cut} {words}", cwd=work, ok=None), said)

@@ -260,7 +260,8 @@ def explain_load_error(error: Exception) -> str:
     if "Unrecognized configuration class" in text:
         return "it is not a causal language model. Use one (Llama, Mistral, GPT)."
     if "not recognize this architecture" in text or "quantization" in text:
-        return f"the installed transformers does not support it ({short_message(error, 100)}...): upgrade transformers"
+        reason = short_message(error, 100)
+        return f"the installed transformers does not support it ({reason}...). Run: pip install -U transformers"
     if "mismatch" in text:
         return f"config.json and weights are of different models ({short_message(error, 100)}...). Download both again."
     return ""
