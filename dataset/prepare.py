@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
 import os
-import signal
 import sys
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, groupby, islice
+from collections import Counter
+from itertools import groupby, islice
 from operator import itemgetter, length_hint
 from typing import Callable, Dict, Iterable, Iterator, List
 
@@ -30,8 +26,7 @@ from dataset.columns import (
 from dataset.messages import read_messages, read_tools
 from dataset.templates import MESSAGE_COLUMNS, chat, jinja_template
 
-ROWS_PER_CHUNK = 250  # memory stays bounded, and a process that is to stop is never busy for long
-CHUNKS_FOR_ONE_PROCESS = 4  # so few rows are not worth further processes
+ROWS_PER_CHUNK = 250  # at a time in memory
 
 
 def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Callable, tokenizer, args) -> None:
@@ -152,52 +147,13 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
 
 
 def encode_chunks(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[List[List[Encoded]]]:
-    """What `encoder` makes of the rows, some of them at a time, in their order; with a process on each core.
-
-    On a busy machine they are faster than the threads of the tokenizer, which wait for each other after each chunk.
-    """
+    """What `encoder` makes of the rows, in their order. The tokenizer encodes the texts of a chunk on all cores."""
     iterator = iter(rows)
-    chunks = iter(lambda: list(islice(iterator, ROWS_PER_CHUNK)), [])
-    first = list(islice(chunks, CHUNKS_FOR_ONE_PROCESS + 1))
-    processes = num_cores()
-    if len(first) <= CHUNKS_FOR_ONE_PROCESS or processes == 1:
-        yield from map(encoder.encode, chain(first, chunks))
-        return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
-    context = multiprocessing.get_context(method)
-    waiting: deque = deque()
-    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(encoder,)) as executor:
-        try:
-            for chunk in chain(first, chunks):
-                waiting.append(executor.submit(_encode_in_worker, chunk))
-                if len(waiting) > 2 * processes:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker(encoder: RowEncoder) -> None:
-    """In a new process: its parent answers Ctrl-C for all, and a parent that is killed takes it along."""
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def _encode_in_worker(rows: List[dict]) -> List[List[Encoded]]:
-    return _encoder.encode(rows)
+    while True:
+        chunk = list(islice(iterator, ROWS_PER_CHUNK))
+        if not chunk:
+            return
+        yield encoder.encode(chunk)
 
 
 def summary_line(counts: Counter) -> str:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import signal
 import time
 
-import psutil
 import pytest
 
 from common.tokenization import Example, encode_examples, encode_prompt, load_tokenizer
-from dataset.prepare import num_cores
 from dataset.templates import alpaca, instruction, summarization
 from tests.conftest import TIMEOUT, start
-from tests.helpers import KINDS, PREPARE, SAMPLE, contents, encode_rows, rows_of, tells
+from tests.helpers import KINDS, PREPARE, SAMPLE, contents, rows_of, tells
 
 
 def plain_truncation(tokenizer, pieces, limit):
@@ -113,15 +110,6 @@ def test_text_that_needs_few_tokens_is_not_truncated(tokenizers):
         assert encode_prompt(tokenizer, Example(["", text], None), limit) == expected
 
 
-def test_the_ids_are_the_same_from_any_number_of_processes(tokenizers, monkeypatch):
-    rows = [{"instruction": text, "output": text[:300]} for text in texts(seed=1, count=1300)]
-    made = []
-    for processes in (1, 2, 5):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=processes: set(range(count)), raising=False)
-        made.append(encode_rows(rows, instruction, tokenizers["llama3"], 256))
-    assert made[0] == made[1] == made[2]
-
-
 # ------------------------------------------------------------------------------------------------ other tokenizers
 
 
@@ -198,7 +186,7 @@ def test_prompts_of_changed_tokenizers(kind, change, stand_ins, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_while_it_encodes_leaves_nothing_and_no_process(number, ready):
+def test_interrupted_while_it_encodes_leaves_nothing(number, ready):
     with open(ready / "many.jsonl", "w", encoding="utf-8") as file:
         some = [json.dumps({"article": text, "highlights": "short"}) + "\n" for text in texts(seed=2, count=100)]
         file.writelines(some * 200)
@@ -208,13 +196,10 @@ def test_interrupted_while_it_encodes_leaves_nothing_and_no_process(number, read
     while not any(path.stat().st_size for path in ready.glob(".new.pt.*/train.ids")) and time.time() < deadline:
         assert process.poll() is None
         time.sleep(0.05)
-    children = psutil.Process(process.pid).children()
-    assert children or num_cores() == 1
     process.send_signal(number)
     _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == (128 + number if number == signal.SIGTERM else -number) or process.returncode == 130
     assert "Traceback" not in err and err.splitlines()[-1].startswith("Interrupted"), err
-    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert contents(ready) == before
 
 
