@@ -21,9 +21,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
 import torch
 
@@ -31,7 +30,7 @@ from common import distributed
 from common.device import Device
 from common.support.compat import distributed_checkpoint
 from common.support.exit import StopRequest, UserError, disk_problem, is_peer_failure, short_message
-from common.support.files import Lock, atomic_write, remove_scratch, weights_fingerprint
+from common.support.files import Lock, atomic_directory, remove_scratch, weights_fingerprint
 from common.support.model_dir import RUN
 
 FORMAT = "finetuning-checkpoint"
@@ -371,7 +370,7 @@ class Checkpoints:
 
 def write_checkpoint(checkpoint: Path, tensors: dict, metadata: dict) -> None:
     """Write a checkpoint as a whole or not at all. tensors: a nested dict; metadata: what JSON can hold."""
-    with distributed.on_main_process(lambda: _new_directory(checkpoint)) as new:
+    with distributed.on_main_process(lambda: atomic_directory(checkpoint)) as new:
         if distributed_checkpoint():
             distributed_checkpoint().save(tensors, checkpoint_id=str(new))
         else:
@@ -386,13 +385,6 @@ def write_checkpoint(checkpoint: Path, tensors: dict, metadata: dict) -> None:
         metadata["sha256"] = _digest_of_metadata(metadata)
         if distributed.is_main_process():
             (new / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
-
-
-@contextmanager
-def _new_directory(checkpoint: Path) -> Iterator[Path]:
-    with atomic_write(checkpoint, stale=("*",)) as new:
-        new.mkdir()
-        yield new
 
 
 def remove_checkpoint(checkpoint: Path) -> None:

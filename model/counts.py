@@ -18,8 +18,7 @@ from common.support.exit import UserError, short_message
 from common.support.model_dir import ModelSource
 from model.loss import chunk_of
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
-from model.reading import DTYPE
-from model.stored import bytes_of
+from model.weight_format import DTYPE, bytes_of
 
 
 class NoPlan(UserError):
@@ -102,7 +101,7 @@ _CONFIGS: dict = {}  # what the keys of the caches stand for
 
 
 def _has_peft() -> bool:
-    from model.adapters import require_peft
+    from model.lora import require_peft
 
     with contextlib.suppress(UserError):  # whoever trains is told
         require_peft()
@@ -175,7 +174,7 @@ def _shortened(key: str, dtype: torch.dtype, layers: int, lora: Tuple) -> Tuple[
     matrices = [part.weight for part in model.modules() if isinstance(part, (nn.Linear, Conv1D)) and part is not head]
     linear = sum(weight.numel() for weight in matrices)
     if lora:
-        from model.adapters import add_lora
+        from model.lora import add_lora
 
         r, dropout, targets = lora
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():

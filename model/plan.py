@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Tuple
 
 from model.counts import Way, count
-from model.stored import bytes_of
+from model.weight_format import bytes_of
 
 METHODS = {"full": "every weight", "lora": "LoRA", "lora_8bit": "LoRA on 8 bit", "lora_4bit": "LoRA on 4 bit"}
 BITS = {"lora_8bit": 8, "lora_4bit": 4}

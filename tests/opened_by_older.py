@@ -20,8 +20,9 @@ import transformers
 
 from common.support.model_dir import require_model
 from common.tokenization import load_tokenizer
-from model.adapters import add_lora
-from model.loading import load_model, save_model
+from model.load import load_model
+from model.lora import add_lora
+from model.save import save_model
 from model.tiny import write_tiny
 
 KINDS = ["llama2", "llama3", "llama3_1", "mistral", "gpt", "smollm2", "qwen3"]

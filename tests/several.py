@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import model.loading
-import model.writing
+import model.load
+import model.save
 from common import device, distributed
 from common.batches import Batches
 from common.support.exit import UserError
@@ -70,20 +70,21 @@ def write_whole(tensors, name):
     torch.save({key: tensor.clone() for key, tensor in whole.items()}, f"{case['name']}/{name}-{distributed.rank()}.pt")
 
 
-def load(*args, real=model.loading.load_for_training):
+def load(*args, real=model.load.load_for_training):
     torch.rand(distributed.rank())  # the others stand elsewhere in their random numbers: a new adapter must not differ
     module = real(*args)
     write_whole((*module.named_parameters(), *module.named_buffers()), "loaded")
     return module
 
 
-def save(module, *args, real=model.loading.save_model, **options):
+def save(module, *args, real=model.save.save_model, **options):
     write_whole(((name, weight) for name, weight in module.named_parameters() if weight.requires_grad), "weights")
     real(module, *args, **options)
 
 
 Batches.micro_batches, Batches._padded, Batches._packed, Trainer.backward = micro_batches, padded, packed, gradients
-model.loading.load_for_training, model.loading.save_model = load, save
+model.load.load_for_training = load
+model.save.save_model = save
 if __name__ == "__main__":
     if distributed.rank() > 0:  # as common.support.exit.run does it
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
@@ -91,7 +92,7 @@ if __name__ == "__main__":
         case.clear()
         case.update(one)
         seen.update(rows=[], micro_batches=[], error="")
-        model.writing.FILE = one.get("file", 10**9)
+        model.save.MAX_FILE_BYTES = one.get("file", 10**9)
         Path(one["name"]).mkdir(exist_ok=True)
         script, *words = one["words"].split()
         sys.argv = [str(ROOT / script), *words, "--save-dir", f"{one['name']}/saved"]

@@ -29,8 +29,9 @@ from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
 from model.fit import TrainingPlan
 from model.generation import answer_ids
-from model.loading import load_for_training, load_model, save_model
+from model.load import load_for_training, load_model
 from model.loss import CausalLMLoss
+from model.save import save_model
 from model.tiny import write_tiny
 from tests.conftest import ROOT
 from tests.helpers import answer_start, needs_bitsandbytes, needs_float16, quantizes
@@ -184,7 +185,7 @@ def test_every_linear_layer_but_the_output_layer_gets_an_adapter(bits, kind, lay
     # GPT-2 has a c_proj in its attention and one more behind it
     assert len(places) == config.num_hidden_layers * (len(layers) + (kind == "gpt"))
     count = sum(weight.numel() for weight in adapter_weights(model).values())
-    line = f"LoRA: {count:,} trainable parameters, r 4, beside {', '.join(sorted(layers))}"
+    line = f"LoRA: {count:,} trainable parameters, r=4, on {', '.join(sorted(layers))}"
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 
@@ -197,7 +198,7 @@ def test_only_the_target_modules_that_are_asked_for_get_an_adapter(saved):
 def test_target_modules_that_the_model_lacks_are_answered_with_those_it_has(directory, tmp_path):
     for kind, have in (("llama3", sorted(LINEAR)), ("gpt", ["c_attn", "c_fc", "c_proj"])):
         args = lora(directory(kind), tmp_path, lora_target_modules=["c_attn" if kind == "llama3" else "q_proj"])
-        with pytest.raises(UserError, match=f"It has {', '.join(have)}; all-linear takes all of them"):
+        with pytest.raises(UserError, match=f"It has {', '.join(have)}; all-linear selects all of them"):
             load(args, CPU)
 
 
@@ -352,7 +353,7 @@ def test_a_saved_and_reloaded_adapter_gives_the_same_loss(bits, kind, directory,
     capsys.readouterr()
     reloaded = load_model(str(folder), CPU.torch_device, CPU.dtype)  # in the bits of the training
     how = f" in {bits} bit" if bits else ""
-    said = f"Adapter {folder} on the base {directory(kind)}{how}, prompts as in alpaca"
+    said = f"Loading adapter {folder} on base model {directory(kind)}{how} (prompt template: alpaca)"
     assert capsys.readouterr().out.splitlines() == [said]
     assert same(adapter_weights(reloaded), adapter_weights(module.model))
     with torch.no_grad():

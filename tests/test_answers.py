@@ -19,7 +19,7 @@ from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import alpaca, chat
 from model.generation import answer_rows, stream_answer
-from model.loading import load_model
+from model.load import load_model
 from tests.conftest import ROOT, TIMEOUT, lay_out, start
 from tests.helpers import KINDS, SCRIPTS, contents, tells
 from tests.test_full_memory import WITH

@@ -20,11 +20,13 @@ from common.support.exit import UserError
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
-from model.adapters import add_lora, load_adapter, save_adapter
 from model.generation import answer_ids
-from model.loading import DTYPE, load_model, save_model
+from model.load import load_model
+from model.lora import add_lora, load_adapter, save_adapter
 from model.loss import CausalLMLoss, has_plain_head
+from model.save import save_model
 from model.tiny import write_tiny
+from model.weight_format import DTYPE
 from tests.test_loss import a_split, label_tokens, micro_batches, padded
 
 pytestmark = pytest.mark.slow

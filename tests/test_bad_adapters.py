@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from common.support.exit import UserError
 from common.support.model_dir import require_adapter, require_model
-from model.loading import load_model
+from model.load import load_model
 from model.tiny import write_tiny
 from tests.helpers import INFERENCE, TRAIN, change_dataset, no_rows, refusal
 
@@ -123,11 +123,12 @@ def test_adapter_config_that_is_damaged(adapter, refused):
 def test_adapter_that_does_not_fit_its_base(adapter, ready, trained, refused):
     weights = load_file(adapter / "adapter_model.safetensors")  # with no facts in the metadata, as of another tool
     save_file({name: weight[:3] for name, weight in weights.items()}, adapter / "adapter_model.safetensors")
-    refused(LOADERS["inference"], tells_of=["./adapter can't be put on ./llama3-8b", "size mismatch", "Train it again"])
+    words = ["./adapter can't be loaded on ./llama3-8b", "size mismatch", "Train it again"]
+    refused(LOADERS["inference"], tells_of=words)
     for changed in ({"peft_type": "none"}, {"r": "many"}, {"target_modules": ["none"]}, {"r": 3}):
         shutil.copy(trained / "adapter_config.json", adapter)
         configure(adapter, base_model_name_or_path=str(ready / "llama3-8b"), **changed)
-        words = [f"The adapter {adapter} can't be put on {ready / 'llama3-8b'}", "Train it again"]
+        words = [f"The adapter {adapter} can't be loaded on {ready / 'llama3-8b'}", "Train it again"]
         raises(words, lambda path: load_model(path, torch.device("cpu")), adapter)
 
 

@@ -18,7 +18,7 @@ from common.tokenization import encode_prompt, load_tokenizer
 from dataset.sources import load_splits
 from dataset.templates import summarization
 from model.generation import answer_ids
-from model.loading import load_model
+from model.load import load_model
 from tests.conftest import ROOT, environment
 from tests.helpers import first_fast, parquet, records, rows_of
 from tests.test_chat_files import give_template, talk, write

@@ -144,7 +144,7 @@ def test_answers_of_a_chat_end_by_themselves(ends, memorized):
     from common.dataset_file import stop_token_ids
     from common.device import start_device
     from model.generation import answer_ids, perplexity_and_answers
-    from model.loading import load_model
+    from model.load import load_model
 
     device = start_device(0)
     tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
@@ -166,7 +166,7 @@ def test_an_adapter_and_what_is_merged_of_it(memorized, tmp_path, warm):
         (folder / name).symlink_to(memorized / name)
     warm(f"python tutorial/train_llama3.py --use-lora {MEMORIZE} --max-train-steps 2 --save-dir ./adapter", cwd=folder)
     said = warm(ASK, "--prompt", "a", "--model-name-or-path", "./adapter", cwd=folder).stdout
-    assert "prompts as in chat" in said
+    assert "prompt template: chat" in said
     words = "--model-name-or-path ./adapter --save-dir ./merged"
     warm(f"python tutorial/merge_adapter.py {words}", cwd=folder)
     settings = json.loads((folder / "merged" / "generation_config.json").read_text(encoding="utf-8"))

@@ -70,7 +70,7 @@ PHASES = {
     "before-the-old-one-is-renamed": ("os.rename:checkpoint-2 4.1", 4, [2, 4]),
     "while-the-old-one-is-removed": ("os.remove:checkpoint.json 4.1", 4, [4]),
     "in-the-last-step's-checkpoint": ("open:checkpoint.json 7.1", 6, [6]),
-    "before-the-model-is-saved": ("-model.loading:save_model 1", 7, [7]),
+    "before-the-model-is-saved": ("-model.save:save_model 1", 7, [7]),
     "when-the-model-is-written": ("open:/run.json 7.1", 7, [7]),
     "before-the-model-takes-its-place": ("-common.support.files:_move_files 7.1", 7, [7]),
     "before-the-model-has-its-config": ("os.rename:/config.json 7.1", 7, [7]),
@@ -734,7 +734,7 @@ def test_more_steps_at_a_constant_learning_rate(more, cut_copy, warm, never_cut)
 @pytest.mark.slow
 def test_more_steps_after_the_last_one(small, warm, never_cut):
     """Killed while the model was saved: the old end has its lines, all else is that of the longer run."""
-    killed(train(warm, small, FULL, cut="9 -model.loading:save_model 1"))
+    killed(train(warm, small, FULL, cut="9 -model.save:save_model 1"))
     assert went_on(train(warm, small, f"{FULL} --max-train-steps 9")) == 7
     same_weights(small, never_cut(LONGER))
     longer = [record for record in losses(never_cut(LONGER)) if record["step"] not in (7, 9)]
@@ -763,7 +763,7 @@ def best_step(folder):
     return min(held_out, key=held_out.get), held_out
 
 
-@pytest.mark.parametrize("cut", first_fast(1, ["-torch:Tensor.backward LATER.2", "", "-model.loading:save_model 1"]))
+@pytest.mark.parametrize("cut", first_fast(1, ["-torch:Tensor.backward LATER.2", "", "-model.save:save_model 1"]))
 def test_the_best_weights_are_saved(cut, small, warm, never_cut):
     best, held_out = best_step(never_cut(KEEP))
     assert 1 < best < 8, held_out  # else this test says nothing

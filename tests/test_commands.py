@@ -39,7 +39,7 @@ def options_of(directory):
 
 def line_of_adapter(page, directory, bits):
     how = f" in {bits} bit" if bits else ""
-    return f"Adapter {directory} on the base {page.model_dir}{how}, prompts as in {page.template}"
+    return f"Loading adapter {directory} on base model {page.model_dir}{how} (prompt template: {page.template})"
 
 
 def too_large(batch_size, rows=ROWS):
@@ -131,7 +131,7 @@ def check_what_train_says(page, said):
     lines = [line for line in said.splitlines() if not line.startswith("Plan: ")]
     assert lines.pop(0).startswith("Device: ")
     if page.adapter:
-        assert re.match(r"LoRA: [\d,]+ trainable parameters, r 16, beside down_proj, gate_proj, k_proj,", lines.pop(0))
+        assert re.match(r"LoRA: [\d,]+ trainable parameters, r=16, on down_proj, gate_proj, k_proj,", lines.pop(0))
     usual = {"train_llama2.py": 256, "train_llama3.py": 256, "train_llama3_70b.py": 512, "train_mistral.py": 256}
     if page.train in usual:
         assert lines.pop(0) == too_large(usual[page.train])
@@ -216,7 +216,7 @@ def check_record(page, folder, said):
 PLAIN = """
 import sys
 
-for name in ("common", "model.loading", "dataset.sources", "tests"):
+for name in ("common", "model.load", "dataset.sources", "tests"):
     try:
         sys.exit(f"this process sees the repository: {__import__(name)}")
     except ImportError:

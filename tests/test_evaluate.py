@@ -12,7 +12,7 @@ from common.batches import Batches
 from common.tokenization import load_tokenizer
 from dataset.scores import chrf_score, code_score, rouge_score, score_of
 from model.generation import perplexity_and_answers
-from model.loading import load_model
+from model.load import load_model
 from model.tiny import write_tiny
 from tests.helpers import answer_start, change_dataset, contents, no_rows, split_of, tells
 from tests.test_training import CPU

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
-from model.loading import load_model
+from model.load import load_model
 from tests import stored_forms as forms
 from tests.helpers import INFERENCE, PREPARE, SAMPLE, TRAIN, first_fast, tells
 from tests.test_targets import FUSED

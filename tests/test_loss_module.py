@@ -17,8 +17,9 @@ from common.device import Device
 from common.optim import make_optimizer
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
-from model.loading import load_model, save_model
+from model.load import load_model
 from model.loss import CausalLMLoss
+from model.save import save_model
 from model.tiny import write_tiny
 from tests.conftest import ROOT, TIMEOUT, environment
 from tests.test_loss import a_split
@@ -34,8 +35,8 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, {root!r})
 from common.batches import Batches
-from model.adapters import add_lora
-from model.loading import load_model
+from model.lora import add_lora
+from model.load import load_model
 from model.loss import CausalLMLoss
 from tests.test_loss import a_split, with_lora
 

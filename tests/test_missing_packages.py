@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.support.exit import UserError
-from model import adapters, quantization
+from model import lora
 from tests.conftest import ROOT, run
 from tests.helpers import TRAIN, change_dataset, contents, first_fast, needs_bitsandbytes, refusal, tells
 
@@ -74,7 +74,7 @@ def test_4_bit_with_a_bitsandbytes_for_another_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     words = ["--load-in-8bit needs bitsandbytes 0.46", f"does not work with torch {torch.__version__}", FOUR_BIT]
     with pytest.raises(UserError) as error:
-        quantization.quantization(8, torch.device("cpu"), torch.float32)
+        lora.quantization_config(8, torch.device("cpu"), torch.float32)
     assert not [word for word in words if word not in str(error.value)], error
 
 
@@ -83,16 +83,16 @@ def test_bitsandbytes_for_a_gpu_may_be_older_than_for_a_cpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     for device, error in (("cuda", "0.43.*does not work"), ("cpu", "0.46 or newer, and 0.45.1 is installed")):
         with pytest.raises(UserError, match=error):
-            quantization.quantization(4, torch.device(device), torch.float16)
+            lora.quantization_config(4, torch.device(device), torch.float16)
 
 
 def test_lora_with_a_peft_that_is_too_old(monkeypatch):
     monkeypatch.setattr("common.support.compat.version", lambda _: "0.9.0")
     problem = r"needs peft 0\.1\d or newer, and 0\.9\.0 is installed: pip install "
     with pytest.raises(UserError, match=f"--use-lora {problem}"):
-        adapters.add_lora(None, "./model", 16, 16, 0.0, ["all-linear"])
+        lora.add_lora(None, "./model", 16, 16, 0.0, ["all-linear"])
     with pytest.raises(UserError, match=f"an adapter {problem}"):
-        adapters.load_adapter(None, "./adapter")
+        lora.load_adapter(None, "./adapter")
 
 
 @pytest.mark.parametrize("package", first_fast(1, ["gguf", "accelerate"]))

@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from common.support.exit import UserError
 from common.tokenization import load_tokenizer
-from model.adapters import add_lora
-from model.loading import load_model
-from model.targets import adapted, matrices
+from model.load import load_model
+from model.lora import adapted_matrices, add_lora, weight_matrices
 from tests.helpers import INFERENCE, TRAIN, needs_bitsandbytes, tells
 
 SMALL = {
@@ -42,14 +41,14 @@ def built(kind, **settings):
 )  # whose were one tensor before
 def test_the_experts_get_adapters_and_what_is_left_out_is_told(kind, capsys):
     model = built(kind, **MOE[kind])
-    total = sum(matrices(model).values())
+    total = sum(weight_matrices(model).values())
     experts = sum(weight.numel() for name, weight in model.named_parameters() if "expert" in name)
     assert experts > total / 2  # nothing to be left out
     model = add_lora(model, "here", 4, 8, 0.0, ["all-linear"])
-    with_one = sum(adapted(model).values())
+    with_one = sum(adapted_matrices(model).values())
     told = capsys.readouterr().out
     assert with_one > 0.97 * total
-    left_out = f"{1 - with_one / total:.1%} of the weights between embeddings and output layer have no adapter"
+    left_out = f"{1 - with_one / total:.1%} of the layer weights have no adapter"
     assert (left_out in told) == FUSED  # the routers, which were layers before
 
 
@@ -67,31 +66,38 @@ def test_dropout_on_experts_is_one_line(kind):
 def test_experts_that_stay_in_16_bit_are_told(kind, base, tmp_path, capsys):
     built(kind, **MOE[kind]).to(torch.bfloat16).save_pretrained(tmp_path / "moe")
     model = load_model(str(tmp_path / "moe"), torch.device("cpu"), torch.bfloat16, bits=4)
-    sizes = matrices(model)
+    sizes = weight_matrices(model)
     head = model.get_output_embeddings()
     layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer is not head]
     packed = sum(layer.in_features * layer.out_features for layer in layers)
-    assert f"{1 - packed / sum(sizes.values()):.0%} of the weights" in capsys.readouterr().out
+    assert f"{1 - packed / sum(sizes.values()):.0%} of the layer weights" in capsys.readouterr().out
 
 
-SOME_REFUSED = {"Mamba": {"dt_proj", "out_proj", "x_proj"}, "FalconMamba": {"dt_proj", "out_proj", "x_proj"}}
+@pytest.mark.skipif(not REFUSES, reason="peft before 0.18 refuses none")
+def test_layers_that_peft_refuses_are_left_out_with_one_line(capsys):
+    model = add_lora(built("Mamba", state_size=8), "here", 4, 8, 0.0, ["all-linear"])
+    names = {name.split(".")[-1] for name in adapted_matrices(model)}
+    assert names and "out_proj" not in names
+    assert "no adapter on out_proj, which peft does not support" in capsys.readouterr().out
 
 
-SOME_REFUSED = {kind: names for kind, names in SOME_REFUSED.items() if hasattr(transformers, f"{kind}Config")}
-
-
-@pytest.mark.parametrize("kind", SOME_REFUSED)
-def test_layers_that_no_adapter_can_stand_beside_are_left_out_with_one_line(kind, capsys):
-    model = built(kind, state_size=8)
-    model = add_lora(model, "here", 4, 8, 0.0, ["all-linear"])
-    beside = {name.split(".")[-1] for name in adapted(model)}
-    assert beside and not beside & SOME_REFUSED[kind]
-    assert f"no adapter beside {', '.join(sorted(SOME_REFUSED[kind]))}" in capsys.readouterr().out
+def test_an_adapter_without_gradient_is_an_error_after_the_first_step(ready, warm):
+    """Mamba's code uses the weight of dt_proj without calling that layer."""
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    built("Mamba", state_size=8, vocab_size=len(tokenizer)).save_pretrained(ready / "mamba")
+    tokenizer.save_pretrained(ready / "mamba")
+    words = ["--use-lora", "--model-name-or-path", "./mamba", "--save-dir", "./lora", "--max-train-steps", "2"]
+    done = warm(TRAIN, *words, cwd=ready, ok=None)
+    tells(done, "The adapter on dt_proj got no gradient", "--lora-target-modules")
+    others = done.stderr.strip().rpartition("--lora-target-modules ")[2].split()
+    assert "in_proj" in others and "dt_proj" not in others
+    warm(TRAIN, *words, "--lora-target-modules", *others, cwd=ready)
+    assert (ready / "lora" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.skipif(not REFUSES, reason="peft before 0.18 refuses none")
 def test_a_layer_that_peft_refuses_by_name_is_one_line():
-    with pytest.raises(UserError, match="peft puts no adapter beside these layers of here.*--lora-target-modules"):
+    with pytest.raises(UserError, match="peft has no adapter for these layers of here.*--lora-target-modules"):
         add_lora(built("Mamba", state_size=8), "here", 4, 8, 0.0, ["out_proj"])
 
 
@@ -105,7 +111,7 @@ def test_of_a_model_with_a_vision_part_the_language_model_alone(capsys):
         mm_tokens_per_image=4,
     )
     model = add_lora(transformers.Gemma3ForConditionalGeneration(config), "here", 4, 8, 0.0, ["all-linear"])
-    assert adapted(model) and all("language_model" in name for name in adapted(model))
+    assert adapted_matrices(model) and all("language_model" in name for name in adapted_matrices(model))
     assert "language model alone" in capsys.readouterr().out
 
 

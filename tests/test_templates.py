@@ -14,7 +14,7 @@ from common.chat_template import encode_conversation, get_chat_template
 from common.dataset_file import load_dataset
 from common.tokenization import Example, encode_prompt, load_tokenizer
 from dataset.templates import alpaca, instruction, jinja_template, korean_alpaca, summarization
-from model.result import save_tokenizer
+from model.save import save_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import KINDS, tells
 from tests.test_chat import by_library, changed, talk

@@ -22,8 +22,9 @@ from common.optim import learning_rate, make_optimizer
 from common.support.exit import UserError
 from common.trainer import train
 from model.fit import TrainingPlan
-from model.loading import load_for_training, load_model, save_model
+from model.load import load_for_training, load_model
 from model.loss import CausalLMLoss
+from model.save import save_model
 from model.tiny import write_tiny
 from tests.test_loss import a_split, padded, row_lengths
 
@@ -325,7 +326,7 @@ def test_a_disk_too_small_for_the_result_is_said_before_the_training(directory, 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size))
     assert isinstance(load_for_training(args, PLAN, CPU), CausalLMLoss)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=size - 1))
-    monkeypatch.setattr("model.loading.load_model", None)
+    monkeypatch.setattr("model.load.load_model", None)
     line = rf"^The trained model takes {size / 1e9:.1f} GB in {args.save_dir}, and that disk has \d+\.\d GB free\. "
     with pytest.raises(UserError, match=line + r"Free disk space or choose another --save-dir\.$"):
         load_for_training(args, PLAN, CPU)

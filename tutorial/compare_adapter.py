@@ -31,7 +31,7 @@ def main():
     from common.tokenization import load_tokenizer
     from common.train_log import print_answers
     from model.generation import answer_ids, prompt_room
-    from model.loading import load_model
+    from model.load import load_model
 
     device = start_device(seed=0)
     tokenizer = load_tokenizer(args.model_name_or_path)

@@ -41,7 +41,7 @@ def main():
     import accelerate  # noqa: F401
     import gguf  # noqa: F401  transformers reads the file with these two: missing, it is told before the download
 
-    from model.loading import save_model
+    from model.save import save_model
 
     with tempfile.TemporaryDirectory() as scratch:
         print(f"Downloading {args.model_name} (98 MB)...")

@@ -79,7 +79,7 @@ def main():
     from common.train_log import draw_before_and_after, print_answers, print_measures
     from dataset.scores import digits, measures_of, score_of
     from model.generation import perplexity_and_answers
-    from model.loading import load_model
+    from model.load import load_model
 
     device = start_device(seed=0)
     tokenizer = load_tokenizer(args.model_name_or_path)

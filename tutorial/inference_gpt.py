@@ -33,7 +33,7 @@ def main():
     from common.tokenization import load_tokenizer
     from dataset.questions import load_questions
     from model.generation import answer_rows, stream_answer
-    from model.loading import load_model
+    from model.load import load_model
 
     # The same template as in training, with an empty answer.
     question = {"instruction": args.prompt or TASK, "output": ""}

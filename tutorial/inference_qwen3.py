@@ -34,7 +34,7 @@ def main():
     from common.tokenization import load_tokenizer
     from dataset.questions import load_questions
     from model.generation import answer_rows, prompt_room, stream_answer
-    from model.loading import load_model
+    from model.load import load_model
 
     question = {"prompt": args.prompt or QUESTION, "system": args.system}
     questions = load_questions(args, chat, question)  # this one, or with --save-path those of --prompt-file

@@ -35,7 +35,8 @@ def main():
     import torch
 
     from common.tokenization import load_tokenizer
-    from model.loading import load_model, save_model
+    from model.load import load_model
+    from model.save import save_model
 
     tokenizer = load_tokenizer(adapter)
     model = load_model(adapter, torch.device("cpu"), dtype=None, bits=0, options=())

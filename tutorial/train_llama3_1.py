@@ -48,7 +48,8 @@ def main():
     from common.tokenization import load_tokenizer
     from common.trainer import train
     from model.fit import plan_training
-    from model.loading import load_for_training, save_model
+    from model.load import load_for_training
+    from model.save import save_model
 
     device = start_device(args.seed, args.deterministic)  # on MoAI Platform: with automatic parallelization
     resume = find_checkpoint(args)  # of an interrupted run, or None

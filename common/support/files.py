@@ -71,6 +71,14 @@ def atomic_write(path, stale: Sequence[str] = ()) -> Iterator[Path]:
             fsync(path.parent)
 
 
+@contextmanager
+def atomic_directory(path, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """The same for a directory: yield a temporary directory, which is empty."""
+    with atomic_write(path, stale) as new:
+        new.mkdir()
+        yield new
+
+
 def _move_files(new: Path, path: Path, stale: Sequence[str]) -> None:
     """Replace files of the directory `path` by those of `new`, which lies in a scratch directory."""
     names = os.listdir(new)

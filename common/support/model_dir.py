@@ -58,7 +58,7 @@ class ModelSource:
 
     @cached_property
     def adapter_facts(self) -> Dict[str, str]:
-        """What model.adapters wrote into an adapter's file next to its weights; {} where there is none."""
+        """What model.lora wrote into an adapter's file next to its weights; {} where there is none."""
         return (read_header(self.directory / ADAPTER) or {}).get("__metadata__", {})
 
     @cached_property

@@ -83,7 +83,7 @@ def measure(model_dir: str, method: str, checkpointing: bool) -> None:
     from common.support.cli import train_arguments
     from common.trainer import train
     from model.counts import Way, config_of
-    from model.loading import load_to_train
+    from model.load import load_to_train
     from model.plan import plan
 
     with tempfile.TemporaryDirectory() as place:

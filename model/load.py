@@ -1,0 +1,217 @@
+"""Loads a model from its directory: to train it (`load_for_training`), or to ask or merge it (`load_model`)."""
+
+from __future__ import annotations
+
+from typing import Iterable, Optional
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging
+
+from common import distributed
+from common.device import Device, explain_out_of_memory
+from common.support.cli import memory_saving_options
+from common.support.exit import UserError, is_out_of_memory, short_message
+from common.support.files import require_disk_space, weights_fingerprint
+from common.support.model_dir import ModelSource, explain_load_error
+from model.lora import (
+    add_lora,
+    check_gradients_of_first_step,
+    disable_cpu_weight_packing,
+    load_adapter,
+    load_trainable_adapter,
+    print_unquantized_share,
+    quantization_config,
+    require_bitsandbytes,
+)
+from model.loss import CausalLMLoss
+from model.on_paper import enable_checkpointing
+from model.weight_format import (
+    DTYPE,
+    RECOMPUTED_BUFFERS,
+    WeightFormat,
+    cast_and_move,
+    detect_format,
+    explain_key_mismatch,
+    forget_quantization,
+    resolve_bits,
+)
+
+
+def load_for_training(args, plan, device: Device) -> CausalLMLoss:
+    """The model of `args` on the device, with its loss as one module, ready to train.
+
+    Without `args.use_lora` all its weights, in float32: bfloat16 has 8 significant bits, so an update of 1e-5 would be
+    lost in rounding. (Matrix products are in 16 bit all the same, see Device.autocast.) With it, an adapter in float32
+    on a frozen base model in 16 bit, or in `args.bits`; if `args` name an adapter, that one is trained further.
+    plan: whether with gradient checkpointing. Raises UserError where the result would not fit on the disk: before the
+    training, not after it.
+    """
+    source = ModelSource(args.model_name_or_path)
+    base = source.base
+    for path in sorted({base, source.path}):  # in the same order on all ranks
+        distributed.require_same_on_all_ranks(weights_fingerprint(path), f"the model {path}")
+    weight_format = detect_format(base)
+    bits = args.bits
+    dtype = torch.float32
+    if args.use_lora:
+        bits = resolve_bits(weight_format, args.bits or None, base)
+        dtype = device.dtype
+    else:
+        # A result is in 16 bit at least.
+        size = ModelSource(base).bytes_of_weights * 16 // min(16, weight_format.bits)
+        require_disk_space(size, args.save_dir, "The trained model")
+    if distributed.world_size() > 1 and not bits:
+        from model.fsdp import load_sharded  # torch before 2.6 has no FSDP2
+
+        module = load_sharded(base, weight_format, dtype, device)
+    else:
+        model = load_model(base, device.torch_device, dtype, bits, memory_saving_options(args))
+        module = CausalLMLoss(model, static_shapes=device.static_shapes, bits=bits)
+    if plan.gradient_checkpointing and not module.model.supports_gradient_checkpointing:
+        kind = module.model.config.model_type
+        raise UserError(f"--gradient-checkpointing: {kind} does not support it. Leave the option out.")
+    if args.use_lora:
+        module.model = _with_adapter(module.model, source, args)
+    if not device.static_shapes:  # MoAI Platform would compile for minutes, for this one shape
+        module.require_causal(base)
+    if plan.gradient_checkpointing:
+        enable_checkpointing(module.network)
+    return module
+
+
+def _with_adapter(model: nn.Module, source: ModelSource, args) -> nn.Module:
+    """`model` with a new adapter, or with the one of the directory `source`, which is to be trained further."""
+    if source.is_adapter:
+        model = load_trainable_adapter(model, source.path, args.lora_dropout)
+    else:
+        model = add_lora(model, source.path, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_target_modules)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    size = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    require_disk_space(size, args.save_dir, "The adapter")
+    check_gradients_of_first_step(model)
+    distributed.broadcast_parameters(trained)
+    return model
+
+
+def load_model(
+    model_dir: str,
+    device: torch.device,
+    dtype: Optional[torch.dtype] = torch.float32,
+    bits: Optional[int] = None,
+    options: Iterable[str] = ("--load-in-4bit",),
+) -> nn.Module:
+    """The model of `model_dir` on `device`, its weights in `dtype`, or in the type in which they are stored (None).
+
+    If `model_dir` is an adapter, its base model with the adapter on it. bits: 4 or 8 for a quantized model, whose
+    products are in `dtype`; 0 for one that is not, even if it is stored so; None for what the files say, and for the
+    base model of an adapter what it was in the training. options: to name where the memory is too small. Raises
+    UserError if the files are not those of a causal language model that transformers knows.
+    """
+    source = ModelSource(model_dir)
+    base = source.base
+    weight_format = detect_format(base)
+    if source.is_adapter:
+        facts = source.adapter_facts
+        if bits is None and "base_bits" in facts:
+            bits = int(facts["base_bits"])
+        how = f" in {bits} bit" if bits else ""
+        template = facts.get("template") or "not known"
+        print(f"Loading adapter {model_dir} on base model {base}{how} (prompt template: {template})")
+    bits = resolve_bits(weight_format, bits, base)
+    if weight_format.method:
+        how = f"{weight_format.bits} bit ({weight_format.method})"
+        print(f"{base} is stored in {how} and is loaded in {bits or 16} bit.")
+    with explain_out_of_memory(f"the model {base}", device, options):
+        if bits:
+            model = _load_quantized(base, weight_format, device, dtype, bits)
+        elif weight_format.method:
+            model = _load_dequantized(base, weight_format, device, dtype)
+        else:
+            model = _load_plain(base, weight_format, dtype)
+        # The generation settings on the hub are for chat, and some of them cannot even be saved again.
+        model.generation_config = GenerationConfig()
+        setattr(model.config, DTYPE, weight_format.main_dtype or next(model.parameters()).dtype)
+        # The weights that transformers leaves alone keep their files in memory; where it made new ones of the others
+        # (quantized, or the experts of a layer as one tensor), copies of them let the files go.
+        made_new = bits or dict(model.named_parameters()).keys() - ModelSource(base).tensors.keys()
+        cast_and_move(model, device, dtype, weight_format, copy=device.type == "cpu" and bool(made_new))
+        if weight_format.mixed and dtype != torch.float32:  # the weights are of two types, a product needs one
+            autocast = torch.autocast(device.type, dtype or weight_format.main_dtype)
+            model.forward = autocast(model.forward)
+        return load_adapter(model, model_dir) if source.is_adapter else model
+
+
+def _load_plain(base: str, weight_format: WeightFormat, dtype: Optional[torch.dtype]) -> nn.Module:
+    # In float32 at once where that is asked for: some models round factors that they compute when they are made.
+    in_float32 = weight_format.mixed or dtype == torch.float32
+    return _from_pretrained(base, {DTYPE: torch.float32 if in_float32 else "auto"})
+
+
+def _load_quantized(
+    base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype], bits: int
+) -> nn.Module:
+    """The model in 4 or 8 bit by bitsandbytes: as it is stored, or quantized while it is loaded."""
+    if weight_format.method == "bitsandbytes":
+        model = _load_bitsandbytes(base, weight_format, device, dtype)
+    else:
+        options = {"quantization_config": quantization_config(bits, device, dtype), "device_map": device}
+        options[DTYPE] = "auto" if weight_format.method else dtype
+        if weight_format.mixed:
+            options[DTYPE] = torch.float32  # what is not quantized, see cast_and_move
+        model = _from_pretrained(base, options, weight_format.method)
+    disable_cpu_weight_packing(model)
+    print_unquantized_share(model, bits)
+    return model
+
+
+def _load_dequantized(
+    base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype]
+) -> nn.Module:
+    """A model that is stored in fewer bits, in 16 bit."""
+    if weight_format.method == "bitsandbytes":
+        model = _load_bitsandbytes(base, weight_format, device, dtype).dequantize()
+    else:
+        model = _from_pretrained(base, {DTYPE: "auto"}, weight_format.method)
+    forget_quantization(model)
+    return model
+
+
+def _load_bitsandbytes(
+    base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype]
+) -> nn.Module:
+    require_bitsandbytes(f"{base}, which is stored in {weight_format.bits} bit,", device)
+    options = {DTYPE: "auto", "device_map": device}
+    return _from_pretrained(base, options, "bitsandbytes", dtype if weight_format.bits == 4 else None)
+
+
+def _from_pretrained(
+    base: str, options: dict, method: str = "", compute_dtype: Optional[torch.dtype] = None
+) -> nn.Module:
+    """What transformers makes of the directory. Raises UserError if that is not all, or not only, of what it contains.
+
+    method: how the files are quantized. compute_dtype: of the products of a model in 4 bit, not the one in its config.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # instead of its table of missing and unexpected names, we print one line
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        if method and method != "bitsandbytes":
+            config.quantization_config["dequantize"] = True
+        if compute_dtype:
+            config.quantization_config["bnb_4bit_compute_dtype"] = str(compute_dtype).replace("torch.", "")
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, config=config, output_loading_info=True, trust_remote_code=False, **options
+        )
+    except Exception as error:  # files can be wrong in many ways, each with an exception of its own
+        if is_out_of_memory(error) or isinstance(error, UserError):
+            raise
+        cause = explain_load_error(error) or f"{short_message(error)}. Download it again."
+        raise UserError(f"The model {base} can't be loaded: {cause}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    unexpected = [name for name in info["unexpected_keys"] if not RECOMPUTED_BUFFERS.search(name)]
+    if unexpected or info["missing_keys"]:
+        raise UserError(f"The weights of {base} {explain_key_mismatch(model, unexpected, info['missing_keys'])}")
+    return model

@@ -1,0 +1,341 @@
+"""Saves a trained model, so that plain transformers (4.40 or newer) loads it; of an adapter, the adapter alone.
+
+Tensors are written under the names and in the types of the base model's files. Whatever the number of processes, they
+are gathered one by one on rank 0, and written in files of at most 5 GB: rank 0 needs no more memory than that.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from common import distributed
+from common.checkpoint import list_checkpoints
+from common.dataset_file import stop_token_ids
+from common.support.exit import UserError, disk_problem, short_message, without_secrets
+from common.support.files import atomic_directory
+from common.support.model_dir import RUN, ModelSource
+from common.tokenization import fingerprint, load_tokenizer
+from model.lora import save_adapter
+from model.loss import CausalLMLoss
+from model.weight_format import DTYPES, WeightFormat, bytes_of, detect_format
+
+MAX_FILE_BYTES = 5 * 10**9  # as transformers' save_pretrained has it
+# What an earlier model may have left in the directory, and would be loaded together with the new files.
+MODEL_FILES = (
+    "*config.json", "model*.safetensors*", "adapter_model.*", "pytorch_model*", "tokenizer*", "special_tokens_map.json",
+    "added_tokens.json", "vocab.*", "merges.txt", "chat_template*", "additional_chat_templates",
+)  # fmt: skip
+CHAT_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+# The files of a tokenizer; each kind of tokenizer has some of them.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", *CHAT_TEMPLATES,
+)  # fmt: skip
+
+
+def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: Optional[dict] = None) -> None:
+    """Save the model (with or without its loss), its tokenizer and its model card in `save_dir`.
+
+    base: the directory of the base model, whose tensor types are restored; without it the types stay as they are. run:
+    what run.json shall say, which common.trainer.train returns. All of it is written, compared with the model in
+    memory, and then takes the place of an earlier model in one step. Raises UserError where the disk is full or the
+    files differ from the model: then the directory is as it was before. `model` is not changed.
+    """
+    print("Saving Model...")
+    network = model.model if isinstance(model, CausalLMLoss) else model
+    # A finished run needs its checkpoints no longer. They go in the same step in which the model comes.
+    checkpoints = [path.name for path in list_checkpoints(save_dir)] if run else []
+    stale = (*MODEL_FILES, *checkpoints)
+    try:
+        with distributed.on_main_process(lambda: atomic_directory(save_dir, stale)) as new:
+            _write_files(network, tokenizer, new, save_dir, base, run or {})
+    except Exception as error:  # safetensors has an exception of its own for a full disk
+        if not disk_problem(error):
+            raise
+        raise UserError(
+            f"Cannot write {save_dir}: {disk_problem(error)}. Free disk space there and run the same command again."
+        ) from None
+    print(f"Model saved in {save_dir}")
+
+
+def _write_files(model: nn.Module, tokenizer, directory: Path, save_dir: str, base: str, run: dict) -> None:
+    meta = run.get("dataset", {})
+    end_id = stop_token_ids(meta, tokenizer)[0]
+    is_adapter = hasattr(model, "get_base_model")  # in peft 0.17 a merged model still has a `peft_config`
+    if not is_adapter:
+        weight_format = detect_format(base) if base else None
+        write_weights(model, directory, weight_format)
+    if not distributed.is_main_process():
+        return
+    if is_adapter:
+        save_adapter(model, directory, meta.get("template", ""))
+    else:
+        write_configs(model, tokenizer, end_id, directory, base, weight_format)
+    save_tokenizer(tokenizer, directory, meta.get("chat_template"))
+    if run:
+        finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))
+        (directory / RUN).write_text(text, encoding="utf-8")
+    if run or base:
+        _write_card(model, directory, save_dir, base, run, end_id)
+    mode = min(directory.glob("*config.json")).stat().st_mode
+    for file in directory.iterdir():
+        file.chmod(mode)  # safetensors makes its files readable by their owner only
+
+
+def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run: dict, end_id: int) -> None:
+    from model.card import write_card  # not at the top: a learner who follows the first step need not read it
+
+    is_adapter = hasattr(model, "get_base_model")
+    meta = run.get("dataset", {})
+    has_chat_template = bool(meta.get("chat_template", meta.get("template") == "chat"))
+    made_of = run.get("made_of")
+    if not made_of:
+        made_of = {"base": base or (model.get_base_model() if is_adapter else model).name_or_path}
+    try:
+        write_card(directory, save_dir, made_of, run, is_adapter, {"chat": has_chat_template, "end": end_id})
+    except OSError:
+        raise
+    except Exception as error:  # a missing card is no reason to lose a trained model
+        print(f"The model card was not written: {short_message(error)}")
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+class Weight(NamedTuple):
+    """A tensor of the model, whole or in shards, and the type in which it is saved."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * bytes_of(self.dtype)
+
+    def gather(self) -> torch.Tensor:
+        """The whole tensor on the CPU of rank 0, an empty one on other ranks. All ranks must call it."""
+        tensor = self.tensor.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
+
+
+def write_weights(model: nn.Module, directory: Path, weight_format: Optional[WeightFormat]) -> None:
+    """Write model.safetensors, or several files and their index. All ranks must call it; rank 0 writes.
+
+    Raises on rank 0 OSError where it cannot write, and UserError where the files are not what is in memory.
+    """
+    weights = weights_to_save(model, weight_format)
+    files = split_into_files(weights)
+    problem: Optional[Exception] = None
+    for file, names in files.items():
+        tensors = {name: weights[name].gather() for name in names}
+        if distributed.is_main_process() and not problem:
+            try:
+                save_file(tensors, directory / file, metadata={"format": "pt"})
+                _check_values(directory / file, tensors)
+            # It is raised when the other ranks have finished gathering.
+            except SafetensorError as error:
+                problem = OSError(short_message(error))
+            except (OSError, UserError) as error:
+                problem = error
+    if problem:
+        raise problem
+    if not distributed.is_main_process():
+        return
+    if len(files) > 1:
+        total = {
+            "total_parameters": sum(weight.tensor.numel() for weight in weights.values()),
+            "total_size": sum(weight.num_bytes for weight in weights.values()),
+        }
+        file_of_tensor = {name: file for file, names in files.items() for name in names}
+        index = json.dumps({"metadata": total, "weight_map": file_of_tensor}, indent=2, sort_keys=True)
+        (directory / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
+    _check_headers(directory, weights)
+    num_saved = sum(weight.tensor.numel() for weight in weights.values())
+    num_live = sum(tensor.numel() for tensor in _unique(model.state_dict(keep_vars=True)).values())
+    require_saved(num_saved == num_live, f"it has {num_saved} weights instead of {num_live}")
+
+
+@torch.no_grad()
+def weights_to_save(model: nn.Module, weight_format: Optional[WeightFormat]) -> Dict[str, Weight]:
+    """The tensors of the model under their names in files; of tied ones the first. Without a format in their types."""
+    state = model.state_dict(keep_vars=True)
+    tensors = _unique(state)
+    if distributed.world_size() == 1:
+        try:
+            # transformers 5 holds all experts of a layer as one tensor, and the files each expert's own.
+            from transformers.core_model_loading import revert_weight_conversion
+
+            tensors = revert_weight_conversion(model, tensors)
+        except ImportError:
+            pass
+    stored: Dict[tuple, torch.dtype] = {}
+    for name, dtype in (weight_format.dtypes if weight_format else {}).items():
+        tensor = tensors.get(name, state.get(name))  # a tied tensor may be stored under another of its names
+        if tensor is not None:
+            stored[_identity(tensor)] = dtype
+    weights = {}
+    for name, tensor in tensors.items():
+        dtype = tensor.dtype
+        if weight_format and tensor.is_floating_point():
+            dtype = stored.get(_identity(tensor)) or weight_format.main_dtype or dtype
+        weights[name] = Weight(tensor, dtype)
+    return weights
+
+
+def _unique(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Tied tensors once, under the first of their names."""
+    first_names: Dict[tuple, str] = {}
+    for name, tensor in tensors.items():
+        first_names.setdefault(_identity(tensor), name)
+    return {name: tensors[name] for name in first_names.values()}
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    """The same for two names of one tensor. An empty shard has no memory of its own, so there the object counts."""
+    return (id(tensor),) if hasattr(tensor, "full_tensor") else (tensor.data_ptr(), tensor.shape)
+
+
+def split_into_files(weights: Dict[str, Weight]) -> Dict[str, List[str]]:
+    """{file name: names of its tensors}, in their order."""
+    parts: List[List[str]] = [[]]
+    size = 0
+    for name, weight in weights.items():
+        if parts[-1] and size + weight.num_bytes > MAX_FILE_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += weight.num_bytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}
+
+
+def _check_values(file: Path, tensors: Dict[str, torch.Tensor]) -> None:
+    """Compare one tensor in a hundred with what was written."""
+    with safe_open(str(file), "pt") as opened:
+        for name in sorted(tensors)[::100]:
+            require_saved(name in opened.keys(), f"{name} is missing")  # noqa: SIM118, it is no dict
+            require_saved(torch.equal(opened.get_tensor(name), tensors[name]), f"{name} has other values")
+
+
+def _check_headers(directory: Path, weights: Dict[str, Weight]) -> None:
+    """Compare names, shapes and types of all tensors with what was written."""
+    saved = ModelSource(directory).tensors
+    differ = sorted(saved.keys() ^ weights.keys())
+    for name in saved.keys() & weights.keys():
+        tensor, dtype = weights[name]
+        same_dtype = DTYPES.get(saved[name]["dtype"], dtype) == dtype
+        if saved[name]["shape"] != list(tensor.shape) or not same_dtype:
+            differ.append(name)
+    require_saved(not differ, f"{differ[:1]} differs")
+
+
+def require_saved(condition: bool, problem: str) -> None:
+    """UserError, with the `problem`, unless what was written is the model."""
+    if not condition:
+        raise UserError(
+            f"The files are not the trained model: {problem}. Nothing was replaced. Please report this, with the "
+            "versions of torch, transformers and safetensors."
+        )
+
+
+# ------------------------------------------------------------------------------------------------ configs
+
+
+def write_configs(
+    model: nn.Module, tokenizer, end_id: int, directory: Path, base: str, weight_format: Optional[WeightFormat]
+) -> None:
+    """Write config.json and generation_config.json. end_id: the token at which an answer ends."""
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = end_id  # so that plain transformers stops there, too
+    model.generation_config.pad_token_id = tokenizer.eos_token_id
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+    main_dtype = weight_format.main_dtype if weight_format else None
+    add_old_config_keys(directory, base, main_dtype or next(model.parameters()).dtype)
+
+
+def add_old_config_keys(directory: Path, base: str, dtype: torch.dtype) -> None:
+    """Add to config.json the keys that releases before transformers 5 read: the base model's, or made of the new ones.
+
+    They would ignore `rope_parameters`, and compute with a rope_theta of 10000 without an error.
+    """
+    path = directory / "config.json"
+    config = json.loads(path.read_bytes())
+    base_config = ModelSource(base).config if base else {}
+    for key in ("quantization_config", "compression_config", "transformers_version", "auto_map", "_name_or_path"):
+        base_config.pop(key, None)
+    _add_old_keys(config, base_config)
+    text_config = config.get("text_config")
+    base_text_config = base_config.get("text_config")
+    if isinstance(text_config, dict) and isinstance(base_text_config, dict):
+        _add_old_keys(text_config, base_text_config)
+    config["dtype"] = config["torch_dtype"] = str(dtype).replace("torch.", "")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _add_old_keys(config: dict, base_config: dict) -> None:
+    for key, value in base_config.items():
+        config.setdefault(key, value)
+    rope = config.get("rope_parameters") or {}
+    main_rope = rope.get("full_attention", rope)  # one for each kind of layer (Gemma 3), or one for all
+    if isinstance(main_rope, dict) and "rope_theta" in main_rope:
+        config.setdefault("rope_theta", main_rope["rope_theta"])
+        kind = main_rope.get("rope_type", "default")
+        if kind in ("linear", "dynamic"):  # releases before 4.43 accept these two keys and no others
+            config.setdefault("rope_scaling", {"type": kind, "factor": main_rope["factor"]})
+        elif kind in ("yarn", "longrope", "llama3"):
+            scaling = {key: value for key, value in main_rope.items() if key != "rope_theta"}
+            config.setdefault("rope_scaling", scaling)
+    if "rope_theta" in rope.get("sliding_attention", {}):
+        config.setdefault("rope_local_base_freq", rope["sliding_attention"]["rope_theta"])
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def save_tokenizer(tokenizer, directory: Path, chat_template: Optional[str] = None) -> None:
+    """Save the tokenizer: its own files where it has not changed, readable for transformers before 5.
+
+    chat_template: to be saved instead of the tokenizer's own one; "" for none, None for its own.
+    """
+    source = Path(tokenizer.name_or_path)
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if files and fingerprint(load_tokenizer(str(source))) == fingerprint(tokenizer):
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+    else:
+        tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    original = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings = dict(original)
+    # An old release does not know the class TokenizersBackend of transformers 5. And transformers 5 chooses it for
+    # Mistral by the config.json, which an adapter does not have: by the class in the hub's file, it would load another
+    # tokenizer there, without the space between a special token and a text.
+    by_config = type(tokenizer).__name__ == "TokenizersBackend" and not (directory / "config.json").is_file()
+    if by_config or settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if chat_template is not None:
+        for name in CHAT_TEMPLATES:  # transformers prefers them to the one in tokenizer_config.json
+            (directory / name).unlink(missing_ok=True)
+        shutil.rmtree(directory / "additional_chat_templates", ignore_errors=True)
+        settings.pop("chat_template", None)
+        if chat_template:
+            settings["chat_template"] = chat_template
+    if settings != original:
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
