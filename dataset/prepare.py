@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from itertools import groupby, islice
 from operator import itemgetter, length_hint
-from typing import Callable, Dict, Iterable, Iterator, List
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple
 
 from common.chat_template import Conversation, encode_conversation, get_chat_template
 from common.dataset_file import SplitWriter, save_dataset
@@ -69,10 +69,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Ca
             with SplitWriter(new.parent, name) as writer:
                 counts = write_rows(name, rows, encoder, writer)
             if name == "train" and not counts["rows"]:
-                raise UserError(
-                    f"The dataset {source} has no rows with an answer. Give another --dataset-name-or-path."
-                )
-            print(f"{name}: {summary_line(counts)}")
+                raise UserError(f"All rows of the dataset {source} were dropped. Give another --dataset-name-or-path.")
             meta["counts"][name] = dict(counts)
             tensors[name] = writer.tensors()
         print("Saving dataset into torch format...")
@@ -88,6 +85,13 @@ def pick_template(template: Callable, row: dict) -> Callable:
     return chat if recorder.missing and has_messages else template
 
 
+class EncodedRow(NamedTuple):
+    """What becomes of a row of the data."""
+
+    encoded: List[Encoded]  # its rows in the dataset file, none if it is dropped
+    control_token: str = ""  # if it is dropped because of one in its text: "my.jsonl, line 12: <|im_end|>"
+
+
 class RowEncoder:
     """Makes token ids of rows.
 
@@ -101,48 +105,58 @@ class RowEncoder:
         self.columns = columns
         self.is_chat = is_chat
 
-    def encode(self, rows: List[dict]) -> List[List[Encoded]]:
+    def encode(self, rows: List[dict]) -> List[EncodedRow]:
         """For each row the rows of the dataset file that it becomes: none without an answer, and of a conversation one
-        for each answer if the chat template rewrites earlier turns."""
+        for each answer if the chat template rewrites earlier turns, or none if its text contains a control token."""
         rows = [rename_columns(row, self.columns) for row in rows]
         made = [apply_template(self.template, row) for row in rows]
         if self.is_chat:
             return [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
         return self._encode_examples(rows, made)
 
-    def _encode_examples(self, rows: List[dict], examples: List[Example]) -> List[List[Encoded]]:
+    def _encode_examples(self, rows: List[dict], examples: List[Example]) -> List[EncodedRow]:
         answered = [number for number, example in enumerate(examples) if example.answer.strip()]
         some = encode_examples(self.tokenizer, [examples[number] for number in answered], self.block_size)
-        encoded = [[] for _ in rows]
+        encoded = [EncodedRow([]) for _ in rows]
         for number, one in zip(answered, some):
             if sum(one.mask) == 1:  # the end token alone
                 raise UserError(f"{row_location(rows[number])}: its answer is empty after tokenization. Fix it.")
-            encoded[number].append(one)
+            encoded[number].encoded.append(one)
         return encoded
 
-    def _encode_conversation(self, row: dict, conversation: Conversation) -> List[Encoded]:
+    def _encode_conversation(self, row: dict, conversation: Conversation) -> EncodedRow:
         chat_template = get_chat_template(self.tokenizer)
         try:
             messages, tools = read_messages(conversation), read_tools(conversation)
-            return encode_conversation(chat_template, messages, tools, self.block_size)
+            control_token = chat_template.find_control_token(messages, tools)
+            if control_token:
+                return EncodedRow([], f"{row_location(row)}: {control_token}")
+            return EncodedRow(encode_conversation(chat_template, messages, tools, self.block_size))
         except UserError as error:
             raise UserError(f"{row_location(row)}: {error}") from None
 
 
 def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: SplitWriter) -> Counter:
-    """Encode the rows of the split `name` and write them, with a progress bar; counts of what was done."""
+    """Encode the rows of the split `name` and write them, with a progress bar. Print and return counts of what was
+    done."""
     counts = Counter({"rows": 0, "tokens": 0, "prompts cut": 0, "answers cut": 0, "dropped": 0})
+    first_control_token = ""
     for chunk in with_progress(encode_chunks(rows, encoder), len, name, length_hint(rows) or None):
-        for encoded in chunk:
-            counts["dropped"] += not encoded
+        for row in chunk:
+            if row.control_token:
+                counts["control tokens"] += 1
+                first_control_token = first_control_token or row.control_token
+            else:
+                counts["dropped"] += not row.encoded
             if encoder.is_chat:
-                counts["conversations"] += bool(encoded)
-            for one in encoded:
+                counts["conversations"] += bool(row.encoded)
+            for one in row.encoded:
                 writer.add(one)
                 counts["rows"] += 1
                 counts["tokens"] += len(one.ids)
                 counts["prompts cut"] += one.prompt_truncated
                 counts["answers cut"] += one.answer_truncated
+    print(f"{name}: {summary_line(counts, first_control_token)}")
     return counts
 
 
@@ -156,15 +170,22 @@ def encode_chunks(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[List[Li
         yield encoder.encode(chunk)
 
 
-def summary_line(counts: Counter) -> str:
+def summary_line(counts: Counter, first_control_token: str) -> str:
     rows = f"{counts['rows']} rows"
     if 0 < counts["conversations"] < counts["rows"]:
         rows += f", one for each answer of {counts['conversations']} conversations"
-    dropped = "1 row" if counts["dropped"] == 1 else f"{counts['dropped']} rows"
-    return (
+    line = (
         f"{rows}, {counts['tokens']} tokens; {counts['prompts cut']} prompts and {counts['answers cut']} answers "
-        f"truncated, {dropped} without an answer dropped"
+        f"truncated, {_num_rows(counts['dropped'])} without an answer dropped"
     )
+    if first_control_token:
+        dropped = _num_rows(counts["control tokens"])
+        line += f", {dropped} with control tokens in the text dropped (first: {first_control_token})"
+    return line
+
+
+def _num_rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"
 
 
 def show_rows(rows: Iterable[dict], count: int, encoder: RowEncoder) -> None:
@@ -173,10 +194,12 @@ def show_rows(rows: Iterable[dict], count: int, encoder: RowEncoder) -> None:
     before, after = ("\033[32m", "\033[0m") if colour else ("[", "]")
     print(f"Rows as the model sees them (the loss is computed on the text in {'green' if colour else 'brackets'}):")
     for number, row in enumerate(islice(rows, count), 1):
-        [encoded] = encoder.encode([row])
-        if not encoded:
+        [made] = encoder.encode([row])
+        if made.control_token:
+            print(f"--- row {number}: dropped (control token in {made.control_token})")
+        elif not made.encoded:
             print(f"--- row {number}: dropped (no answer)")
-        for one in encoded:
+        for one in made.encoded:
             truncated = ", truncated" if one.prompt_truncated or one.answer_truncated else ""
             print(f"--- row {number}: {len(one.ids)} tokens, {sum(one.mask)} in the loss{truncated}")
             for in_loss, part in groupby(zip(one.ids, one.mask), key=itemgetter(1)):

@@ -66,7 +66,7 @@ def test_empty_table(prepare_refuses):
 
 def test_data_without_any_answer(prepare_refuses):
     lines = [json.dumps({**ROW, "highlights": answer}) for answer in ("", "  \n", None)]
-    prepare_refuses("mine.jsonl", "\n".join(lines), ["mine.jsonl", "no rows with an answer"])
+    prepare_refuses("mine.jsonl", "\n".join(lines), ["mine.jsonl", "All rows of the dataset", "were dropped"])
 
 
 def test_a_row_that_is_no_json(prepare_refuses):

@@ -88,12 +88,7 @@ END = {
 }
 CONTENTS = [
     "plain words", " begins so", "ends so ", "\n\nboth \t\n", "", "👍🏽 한국어 café", "Hi\n\n\nthere", "a",
-    "```py\nx = 1\n```", "123 456", "   ",
-]  # fmt: skip
-SPECIAL = [
-    "<|im_end|>", "a</s>b", "<|eot_id|><|im_start|>assistant\n", "[INST] x [/INST]",
-    "<end_of_turn>\n<start_of_turn>model",
-    " <s> ", "<|begin_of_text|>", "<|im_end|", "|im_end|>", "<<|im_end|>>", "</s</s>>", "<|endoftext|> 한",
+    "```py\nx = 1\n```", "123 456", "   ", "<|im_end|", "[INST] x [/INST]",
 ]  # fmt: skip
 
 
@@ -149,7 +144,7 @@ def conversations(name, contents, count, seed):
     rng = random.Random(f"{name} {seed}")
     for _ in range(count):
         some = rng.choices(contents, k=2 * rng.choice([1, 1, 2, 3]))
-        some[1] += "x"  # one of them says something
+        some[-1] += "x"  # what follows the last answer with content is left out
         if name in REWRITES:
             some = [f"<think>\nof {one}\n</think>\n\n{one}" if n % 2 else one for n, one in enumerate(some)]
         yield talk(*some, system=None if name in NO_SYSTEM or rng.random() < 0.5 else rng.choice(contents))
@@ -190,32 +185,30 @@ def test_ids_are_those_of_the_library_and_each_answer_and_its_end_is_in_the_loss
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_text_that_looks_like_a_control_token_stays_text(name, with_template):
-    tokenizer = with_template(name)
-    raw = deepcopy(tokenizer.backend_tokenizer)
-    raw.encode_special_tokens = True
-    added = raw.get_added_tokens_decoder().items()
-    specials = {number for number, one in added if one.special}
-    looks = "|".join(re.escape(one.content) for _, one in added)
-    for messages in conversations(name, CONTENTS + SPECIAL * 2, 150, 2):
-        plain = [{**one, "content": re.sub(looks, "x", one["content"])} for one in messages]
-        for row, other in zip(encode(tokenizer, messages), encode(tokenizer, plain)):
-            assert [one for one in row.ids if one in specials] == [one for one in other.ids if one in specials]
-            assert sum(row.mask) and not set(row.mask) - {0, 1}
-    own = END[TEMPLATES[name][0]]
-    for text in SPECIAL:
-        (row,) = encode(tokenizer, talk(text, text))
-        (answer,) = learned(tokenizer, row)
-        assert answer.endswith(own) and same_text(name, answer[: -len(own)].strip(), text.strip())
-        if TEMPLATES[name][0] in BYTES:  # the text between two control tokens is tokenized as text alone is
-            pieces = [[*part] for special, part in groupby(row.ids, specials.__contains__) if not special]
-            assert [raw.encode(tokenizer.decode(piece), add_special_tokens=False).ids for piece in pieces] == pieces
+def test_a_control_token_in_any_text_is_found_and_a_question_with_one_refused(name, with_template):
+    template, end = get_chat_template(with_template(name)), END[TEMPLATES[name][0]]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": [f"b{end}"]}}]}
+    for messages, tools in (
+        (talk(f"a{end}b"), None),
+        (talk("a", end, "b"), None),
+        (talk("a", system=f"a\n\n{end}"), None),
+        ([call, *talk("a")], None),
+        (talk("a"), [{"parameters": {end: {"type": "string"}}}]),
+    ):
+        assert template.find_control_token(messages, tools) == end
+        said = f"^the text contains the control token {re.escape(end)}, .*Remove it from the text.$"
+        with pytest.raises(UserError, match=said):
+            encode_question(template, messages, tools, 4096)
+    for text in (*CONTENTS, end[1:], end[:-1], " ".join(end)):
+        assert template.find_control_token(talk("a", text), [{"name": text}]) is None
 
 
-def test_the_marker_of_a_control_token_is_refused(with_template):
-    """It stands for a control token between the chat template and the tokenizer, so text must not contain it."""
-    with pytest.raises(UserError, match=r"^its text contains @~2~@, which is reserved\. Fix that row\.$"):
-        encode(with_template("chatml"), talk("a", "b@~2~@"))
+def test_a_control_token_with_a_quote_is_found(stand_ins):
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    tokenizer.add_special_tokens({"additional_special_tokens": ['<|"|>']})
+    tokenizer.chat_template = CHATML
+    assert get_chat_template(tokenizer).find_control_token(talk('a<|"|>'))
+    assert not get_chat_template(tokenizer).find_control_token(talk('a<|\\"|>'))
 
 
 def changed(directory, tmp_path, change):
@@ -256,6 +249,13 @@ def metaspace(it):
     it["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 
 
+def normalized(it):
+    """Control tokens are looked for in the normalized text, where capital letters are small ones."""
+    it["normalizer"] = {"type": "Lowercase"}
+    for one in it["added_tokens"]:
+        one["normalized"] = True
+
+
 def end_is_plain(it):
     for one in it["added_tokens"]:
         one["special"] = one["special"] and one["content"] != "<|im_end|>"
@@ -270,6 +270,7 @@ def end_is_plain(it):
         ("smollm2", CHATML, holes),
         ("mistral", INST, metaspace),
         ("smollm2", CHATML, end_is_plain),
+        ("smollm2", CHATML, normalized),
     ],
 )
 def test_tokenizers_with_habits_of_their_own(kind, template, change, stand_ins, tmp_path):
@@ -277,11 +278,14 @@ def test_tokenizers_with_habits_of_their_own(kind, template, change, stand_ins, 
     tokenizer.chat_template = template
     last = tokenizer.decode([1601 if change is holes else 1599])  # learned last
     assert change is not strips_around or tokenizer.backend_tokenizer.get_added_tokens_decoder()[1].rstrip
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    assert change is not normalized or all(token.normalized for token in added)
     for messages in conversations("inst", [*CONTENTS, last], 150, 3):
         (row,) = encode(tokenizer, messages)
         assert row.ids == by_library(tokenizer, messages)
         answers = [one["content"] + END[kind] for one in messages if one["role"] == "assistant"]
         for found, wanted in zip(learned(tokenizer, row), answers):
+            wanted = wanted.lower() if change is normalized else wanted
             if change is strips_around:  # the control tokens take the white space with them
                 assert "".join(found.split()) == "".join(wanted.split())
             else:
@@ -318,7 +322,7 @@ def test_tools_and_system_carry_no_loss_and_a_call_does(stand_ins):
     tokenizer.chat_template = "{% if tools %}{{ 'Tools: ' + tools[0].name + '\n' }}{% endif %}" + CHATML.replace(
         "m.content", called
     )
-    call = [{"name": "weather", "arguments": '{"city": "서울 <|im_end|>"}'}]
+    call = [{"name": "weather", "arguments": '{"city": "서울"}'}]
     messages = [
         {"role": "system", "content": "s", "tool_calls": None},
         {"role": "user", "content": "날씨?", "tool_calls": None},
@@ -330,7 +334,7 @@ def test_tools_and_system_carry_no_loss_and_a_call_does(stand_ins):
     assert "tool_calls" not in read_messages(chat(row))[0]  # a table gives each message each key
     (made,) = encode_row(tokenizer, row)
     called, said = learned(tokenizer, made)
-    assert called == 'weather({"city": "서울 <|im_end|>"})<|im_end|>'
+    assert called == 'weather({"city": "서울"})<|im_end|>'
     assert said == "맑아요.<|im_end|>" and tokenizer.decode(made.ids).startswith(
         "Tools: weather\n<|im_start|>system\ns<"
     )
@@ -349,7 +353,7 @@ def test_thinking_is_learned_in_the_turn_in_which_it_is_seen(with_template):
     assert row.ids == by_library(tokenizer, messages[:2]) and learned(tokenizer, row) == [f"{thought}b<|im_end|>"]
 
 
-@pytest.mark.parametrize("answer", ["<thing> b", "<think>\nhm\n</think>\n\nb", "b", "a", ""])
+@pytest.mark.parametrize("answer", ["<think>\nhm\n</think>\n\nb", "b", "a", ""])
 def test_a_question_that_begins_more_than_the_answer_does(answer, with_template):
     """An answer that starts differently than the question's `<think>` is still learned from its first letter."""
     tokenizer = with_template("asks to think")
@@ -369,10 +373,10 @@ def test_a_conversation_that_the_assistant_begins(name, greeting, with_template)
     assert learned(tokenizer, row) == [one + END[TEMPLATES[name][0]] for one in (greeting, "b")]
 
 
-def test_what_follows_the_last_answer_stays_without_a_loss(with_template):
-    messages = talk("a", "b", "c")
-    (row,) = encode(with_template("chatml"), messages)
-    assert row.ids == by_library(with_template("chatml"), messages)
+@pytest.mark.parametrize("more", [talk("c"), talk("c", " \n"), [message("assistant", "")]])
+def test_what_follows_the_last_answer_is_left_out(more, with_template):
+    (row,) = encode(with_template("chatml"), [*talk("a", "b"), *more])
+    assert row.ids == by_library(with_template("chatml"), talk("a", "b")) and not row.prompt_truncated
     assert learned(with_template("chatml"), row) == ["b<|im_end|>"]
 
 
@@ -467,17 +471,11 @@ def test_long_results_of_tools_are_truncated_before_the_question(with_template):
     assert learned(tokenizer, row) == ["look<|im_end|>", "Lines.<|im_end|>"]
 
 
-def test_questions_after_the_last_answer_go_first(with_template):
-    messages = talk("a", "b", "word " * 100)
-    (row,) = encode(with_template("chatml"), messages, 40)
-    assert row.ids == by_library(with_template("chatml"), messages[:2]) and row.prompt_truncated
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_question_has_the_ids_of_the_training(name, with_template):
     tokenizer = with_template(name)
     template = get_chat_template(tokenizer)
-    for messages in conversations(name, CONTENTS + SPECIAL, 40, 4):
+    for messages in conversations(name, CONTENTS, 40, 4):
         before = messages[: 2 if messages[0]["role"] == "system" else 1]
         row, *_ = encode(tokenizer, [*before, message("assistant", "Yes.")])
         asked = encode_question(template, before, None, 4096)

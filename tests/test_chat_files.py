@@ -119,6 +119,19 @@ def test_conversations_are_shown_with_each_answer_in_brackets(ready, warm):
     assert "--- row 3: dropped (no answer)" in said and "1 row without an answer dropped" in said
 
 
+def test_rows_with_control_tokens_in_the_text_are_dropped_and_the_first_is_named(ready, warm):
+    tokenizer = give_template(ready)
+    bad = [talk("a<|eot_id|>", "b"), talk("a", "<|end_of_text|>")]
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in (TALKS[0], *bad, talk("a"), TALKS[1])])
+    said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --show 3", cwd=ready).stdout
+    dropped = "2 rows with control tokens in the text dropped (first: talks.jsonl, line 2: <|eot_id|>)\n"
+    assert f"1 row without an answer dropped, {dropped}" in said
+    assert "--- row 3: dropped (control token in talks.jsonl, line 3: <|end_of_text|>)\n" in said
+    dataset = torch.load(ready / "new.pt")
+    assert ids_of(dataset["train"]) == [by_library(tokenizer, messages) for messages in TALKS[:2]]
+    assert dataset["meta"]["counts"]["train"]["control tokens"] == 2
+
+
 def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):
     tokenizer = give_template(ready)
     write(ready / "talks.jsonl", [{"messages": [*messages, *talk("고마워.")]} for messages in TALKS])
@@ -163,7 +176,8 @@ def test_many_are_the_same_from_any_number_of_processes(processes, ready, warm):
         ("{% for m in messages %}", [TALKS[0]], ["chat template", "llama3-8b"]),
         (None, [TALKS[0], [{"role": "bot", "content": "a"}]], ["talks.jsonl, line 2", "'bot'"]),
         (None, [TALKS[0], [{"role": "user", "content": [{"type": "text"}]}]], ["line 2", "message 1", "list of parts"]),
-        (None, [talk("a")], ["talks.jsonl", "no rows with an answer"]),
+        (None, [talk("a")], ["All rows of the dataset", "talks.jsonl", "were dropped"]),
+        (None, [talk("a", "<|eot_id|>")], ["All rows of the dataset", "talks.jsonl", "were dropped"]),
         (None, [talk("a", "b", system="long " * 200)], ["line 1", "--block-size 128 leaves no room"]),
     ],
 )

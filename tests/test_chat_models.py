@@ -86,6 +86,17 @@ def test_a_file_of_prompts_is_answered_as_it_was_learned(memorized, tmp_path, wa
     tells(done, "--system was 날씨만 말해. and is None")
 
 
+def test_a_question_with_a_control_token_in_its_text_is_refused(memorized, tmp_path, warm):
+    ask = f"{ASK} --model-name-or-path ./chat"
+    done = warm(ask, "--prompt", "<|eot_id|>이 뭐야?", cwd=memorized, ok=None)
+    tells(done, "the question: ", "the control token <|eot_id|>", "Remove it from the text.")
+    folder = lay_out(tmp_path / "work")
+    (folder / "chat").symlink_to(memorized / "chat")
+    write(folder / "questions.jsonl", [{"prompt": "a"}, {"prompt": "b", "system": "<|eot_id|>"}])
+    done = warm(f"{ask} --prompt-file questions.jsonl --save-path answers.jsonl", cwd=folder, ok=None)
+    tells(done, "questions.jsonl, line 2: ", "the control token <|eot_id|>")
+
+
 def in_terminal(command, *typed, cwd):
     """What a terminal shows while these lines are typed, each when it is asked for."""
     arguments = [sys.executable, *shlex.split(command)[1:]]

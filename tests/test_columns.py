@@ -214,10 +214,11 @@ def test_every_row_has_a_token_with_a_loss(kind, answer, tokenizers):
         for block_size in (2, 3, 64):
             encoder = RowEncoder(lambda row, pieces=pieces: Example(pieces, row["a"]), tokenizers[kind], block_size, {})
             try:
-                [[encoded]] = encoder.encode([Row({"a": answer}, "here")])
+                [row] = encoder.encode([Row({"a": answer}, "here")])
             except UserError as error:
                 assert "leaves no room for an answer" in str(error) and block_size < 64
                 continue
+            [encoded] = row.encoded
             mask, length = torch.tensor(list(encoded.mask), dtype=torch.bool), len(encoded.ids)
             assert 2 <= length <= block_size and int(label_counts(mask, torch.tensor([0, length]))) >= 1
 
