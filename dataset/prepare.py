@@ -160,7 +160,7 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
     return counts
 
 
-def encode_chunks(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[List[List[Encoded]]]:
+def encode_chunks(rows: Iterable[dict], encoder: RowEncoder) -> Iterator[List[EncodedRow]]:
     """What `encoder` makes of the rows, in their order. The tokenizer encodes the texts of a chunk on all cores."""
     iterator = iter(rows)
     while True:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from common.support.exit import UserError, short_message
 from common.support.model_dir import ModelSource
-from model.loss import chunk_of
+from model.loss import chunk_elements
 from model.on_paper import are_alike, decoder_layers, enable_checkpointing, measure
 from model.weight_format import DTYPE, bytes_of
 
@@ -204,7 +204,7 @@ def _by_rule(config, way: Way) -> Counts:
 
 
 def _chunk(way: Way) -> int:
-    return chunk_of(torch.device(way.device))
+    return chunk_elements(torch.device(way.device))
 
 
 def _bytes_stored(config) -> int:

@@ -1,4 +1,4 @@
-"""Rows packed one after the other, without padding: each attends to itself alone."""
+"""Packed rows: one after the other, without padding, each attending to itself alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PACKED = "packed"  # the name of `packed_attention` among transformers' attentio
 
 
 def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
-    """Causal attention inside of each row, in the form of transformers' AttentionInterface.
+    """Causal attention within each row, as an attention function of transformers' AttentionInterface.
 
     query, key, value [1, heads, tokens, width]; cu_seq_lens_q int32 [rows + 1]: where each row begins. Without it, this
     is transformers' own attention.
@@ -21,7 +21,7 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=No
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None:
-        raise ValueError("this model makes a mask of its own")  # as packed_mask makes none
+        raise ValueError("this model makes its own mask")  # packed_mask returns none
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
     for row in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
@@ -46,12 +46,11 @@ def packed_inputs(cu_seq_lens: torch.Tensor) -> dict:
 
 
 def enable_packing(model: nn.Module, longest: int) -> bool:
-    """Give a model of transformers `packed_attention`; whether it can take packed rows.
+    """Give a model of transformers `packed_attention`; False, and no change, if it cannot take packed rows.
 
-    Rows of up to `longest` tokens must be inside of the window that a token sees. Then the model itself is asked:
-    twelve tokens as two packed rows must give the logits of both rows alone. Where they do not, the model is left as it
-    was, and its rows are padded: it carries a state from token to token, has an attention of its own, or does not pass
-    cu_seq_lens_q on.
+    Rows of up to `longest` tokens must fit into the model's attention window. Then the model itself is asked: twelve
+    tokens as two packed rows must give the logits of the two rows alone. They do not if it carries a state from token
+    to token, has its own attention, or does not pass cu_seq_lens_q on.
     """
     config = getattr(model.config, "text_config", model.config)
     windows = [getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size")]

@@ -93,7 +93,7 @@ def _write_files(model: nn.Module, tokenizer, directory: Path, save_dir: str, ba
 
 
 def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run: dict, end_id: int) -> None:
-    from model.card import write_card  # not at the top: a learner who follows the first step need not read it
+    from model.model_card import write_card  # not at the top: a learner who follows the first step need not read it
 
     is_adapter = hasattr(model, "get_base_model")
     meta = run.get("dataset", {})
@@ -102,7 +102,7 @@ def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run
     if not made_of:
         made_of = {"base": base or (model.get_base_model() if is_adapter else model).name_or_path}
     try:
-        write_card(directory, save_dir, made_of, run, is_adapter, {"chat": has_chat_template, "end": end_id})
+        write_card(directory, save_dir, made_of, run, is_adapter, has_chat_template, end_id)
     except OSError:
         raise
     except Exception as error:  # a missing card is no reason to lose a trained model

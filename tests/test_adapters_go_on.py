@@ -86,7 +86,7 @@ def test_the_result_says_of_what_it_was_made_and_can_go_on_too(work, warm):
     assert (run["options"]["lora_r"], run["options"]["lora_alpha"]) == (4, 12)
     table = read(work / "further")[1]
     assert (table["Base model"], table["Adapter"]) == ("`llama3-8b`", "`adapter`, trained further")
-    assert table["Method"].startswith("LoRA, r 4, alpha 12, dropout 0.0, beside ")
+    assert table["Method"].startswith("LoRA, r 4, alpha 12, dropout 0.0, on ")
     more = GO_ON.replace("./adapter", "./further")
     warm(f"{TRAIN} {more} {other} --save-dir ./more", cwd=work)
     assert held_out(work / "more")[0] == held_out(work / "further")[-1]

@@ -285,7 +285,7 @@ def test_the_loaded_model_is_that_of_plain_transformers_in_float32(base):
 
 
 def test_loss_and_gradients_of_micro_batches_are_those_of_one_padded_batch(family, base, monkeypatch):
-    monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 50)  # several chunks in a micro-batch
+    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS_ON_CPU", 300 * 50)  # several chunks in a micro-batch
     split, rows = a_split(rows=8), list(range(8))
     model = load_model(base, CPU).eval()
     batch = padded(split, rows, 64)

@@ -66,14 +66,14 @@ def test_it_says_what_was_measured_and_what_is_known(name, results):
     assert before != after
     run = json.loads((results / name / "run.json").read_text(encoding="utf-8"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    lora = "LoRA, r 4, alpha 16, dropout 0.1, beside all-linear"
+    lora = "LoRA, r 4, alpha 16, dropout 0.1, on all-linear"
     expected = {
         "Base model": "meta-llama/Meta-Llama-3-8B, revision 0123abc",
         "Adapter": "`adapter`, merged into it",
         "Data": "`cnn_dailymail`, 64 rows (train), 16 rows (validation), template summarization, licence apache-2.0",
-        "Method": "every weight" if name == "full" else lora,
-        "Training": "2 steps, batches of 8 rows, rows of 1024 tokens at most, learning rate 0.001 "
-        "(constant, 0 steps of warm-up), weight decay 0.01, seed 0",
+        "Method": "full fine-tuning" if name == "full" else lora,
+        "Training": "2 steps, batches of 8 rows, at most 1024 tokens a row, learning rate 0.001 "
+        "(constant, 0 warm-up steps), weight decay 0.01, seed 0",
         "Held-out loss": f"{before:.4f} before, {after:.4f} after, of 4 rows",
         "Made with": f"{run['device']}, torch {run['torch']}, transformers {run['transformers']}, "
         f"python {run['python']}",

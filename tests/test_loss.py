@@ -105,7 +105,7 @@ def one_padded_batch(model, split, train_on_prompt):
 @pytest.mark.parametrize("train_on_prompt", first_fast(1, [False, True]))
 @pytest.mark.parametrize("kind", KINDS + LORA)
 def test_loss_and_gradients_are_those_of_one_padded_batch(kind, train_on_prompt, build, monkeypatch):
-    monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)  # several chunks in every micro-batch
+    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS_ON_CPU", 300 * 7)  # several chunks in every micro-batch
     model, split = build(kind), a_split()
     model.eval()
     expected, gradients = one_padded_batch(model, split, train_on_prompt)
@@ -174,7 +174,7 @@ def test_a_cap_is_seen_even_where_the_logits_are_tiny(build):
 
 
 def test_logits_exist_only_a_chunk_at_a_time_and_only_where_there_is_a_label(build, monkeypatch):
-    monkeypatch.setitem(loss_file.CHUNK_ELEMENTS, "cpu", 300 * 7)
+    monkeypatch.setattr(loss_file, "CHUNK_ELEMENTS_ON_CPU", 300 * 7)
     products, mm = [], torch.mm
 
     def recording(inputs, weight, **to):

@@ -18,7 +18,7 @@ from model import fit
 from model.configs import config_of_kind
 from model.counts import Way, can_count, count
 from model.fit import best, plan_training, ways
-from model.loss import CausalLMLoss, chunk_of
+from model.loss import CausalLMLoss, chunk_elements
 from model.on_paper import _LiveBytes, enable_checkpointing, measure
 from model.plan import plan
 from tests.helpers import first_fast, tells
@@ -125,7 +125,7 @@ def test_fake_tensors_take_what_real_ones_take(name, checkpointing, method):
             peft = pytest.importorskip("peft")
             model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
         models.append(model)
-    predicted = measure(models[0], *tokens, torch.bfloat16, chunk_of(torch.device("cpu")))
+    predicted = measure(models[0], *tokens, torch.bfloat16, chunk_elements(torch.device("cpu")))
     model, live = CausalLMLoss(models[1]).train(), _LiveBytes()
     ids = torch.randint(512, tokens)
     with torch.autocast("cpu", torch.bfloat16):
