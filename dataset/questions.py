@@ -26,14 +26,12 @@ from common.support.files import atomic_write, fsync, require_writable, weights_
 from common.support.model_dir import ModelSource, positions_and_embeddings
 from common.tokenization import Example, encode_prompt, max_prompt_tokens
 from dataset.columns import apply_template, clean_cell, join_names, row_location
-from dataset.files import FileRows, Row
-from dataset.json_files import json_lines
 from dataset.messages import read_messages, read_tools
+from dataset.sources import Row, read_rows
 from dataset.templates import MESSAGE_COLUMNS, chat
 
 ANSWER_COLUMNS = ("answer", "ended")  # the text, and whether it ended with a stop token
 SAME_OPTIONS = ("max_new_tokens", "temperature", "seed", "bits", "system")  # others change no answer
-AS_WRITTEN = json.JSONDecoder(parse_constant=lambda _: None)  # reads a row as it is to be written again
 
 
 class Questions(NamedTuple):
@@ -86,7 +84,7 @@ def load_questions(args, template: Callable, question: dict) -> Questions:
         raise UserError(f"--prompt-file {path} {'is not a file' if path.exists() else 'does not exist'}. Give another.")
     if path.resolve() == save_path.resolve():
         raise UserError(f"--save-path {save_path} is the file of prompts, which would be lost. Give another.")
-    rows = list(FileRows(path))
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"--prompt-file {path} is empty. Give a file with at least one row.")
     for row in rows:
@@ -94,8 +92,7 @@ def load_questions(args, template: Callable, question: dict) -> Questions:
             if name in row:
                 raise UserError(f"{row.place} already has {name!r}, the name for its answer. Rename it.")
     asked = [make(row, question, template) for row in rows]
-    fields = [fields for _, fields in json_lines(path, AS_WRITTEN)]
-    answers = AnswersFile(args, fields, hashlib.sha256(path.read_bytes()).hexdigest())
+    answers = AnswersFile(args, rows, hashlib.sha256(path.read_bytes()).hexdigest())
     if not answers.missing():
         print(f"All {len(rows)} rows of {path} are answered in {save_path}.")
         sys.exit()
