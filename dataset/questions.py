@@ -137,10 +137,13 @@ class AnswersFile:
         self.rows = rows
         self.answered = 0
         model = ModelSource(args.model_name_or_path)
-        # An adapter's answers depend on its base model too. A model of the hub has no files here, only its name.
-        weights = [weights_fingerprint(directory) or directory for directory in (model.path, model.base)]
-        self.made_with = {"model": weights, "prompts": hashlib.sha256(Path(args.prompt_file).read_bytes()).hexdigest()}
-        self.made_with.update({name: vars(args).get(name) for name in SAME_OPTIONS})
+        directories = dict.fromkeys([model.path, model.base])  # An adapter's answers depend on its base model too.
+        self.made_with = {
+            # A model of the hub has no files here, only its name.
+            "model": [weights_fingerprint(directory) or directory for directory in directories],
+            "prompts": hashlib.sha256(Path(args.prompt_file).read_bytes()).hexdigest(),
+            **{name: vars(args).get(name) for name in SAME_OPTIONS},
+        }
         require_writable(self.path.parent, "--save-path")
         if self.path.exists():
             self._resume()

@@ -278,7 +278,7 @@ def _load_from_hub(name: str) -> Tuple[Dict[str, HubRows], Source]:
     trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
     try:
         info = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        revision, card = info.sha, _read_card(info.card_data)
+        revision, card = info.sha, _read_card(getattr(info, "card_data", None))
     except Exception:  # Offline, the dataset may still be in the cache. If not, the next call says why.
         revision, card = None, {}
     try:
