@@ -210,17 +210,13 @@ def _read_csv(path: Path) -> Iterator[Tuple[str, dict]]:
 
 
 def _column_names(path: Path, header: List[str]) -> List[str]:
-    """The names in the header of a .csv file. UserError if it is not separated by commas, or if names are missing."""
+    """The names in the header of a .csv file. UserError if it is not separated by commas, or if a name is twice."""
     names = [name.strip() for name in header]
     for sign, what in SEPARATORS.items():
         if len(names) == 1 and sign in names[0]:
             raise UserError(f"{path} is separated by {what}, not by commas: {names[0][:60]!r}. Save it with commas.")
-    for number, name in enumerate(names, 1):
-        if not name:
-            raise UserError(
-                f"{path}: column {number} has no name. Name it; pandas writes its index so, without index=False."
-            )
-        if name in names[: number - 1]:
+    for name in names:
+        if name and names.count(name) > 1:  # The index that pandas writes has no name, and no template asks for it.
             raise UserError(f"{path}: two columns have the name {name[:40]!r}. Rename one of them.")
     return names
 
