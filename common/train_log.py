@@ -257,35 +257,6 @@ def draw_losses(records: List[dict], path: Path, best: Optional[Tuple[int, float
         figure.savefig(new, dpi=120)
 
 
-def draw_before_and_after(measures: Dict[str, dict], digits: Callable[[str], str], path: Path) -> None:
-    """Draw two bars for each measure of held-out rows, {measure: {"before", "after", "rows"}}.
-
-    digits(measure) is the format of its values, as "%.2f".
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.4 * len(measures), 4))
-    all_axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    for axes, (name, values) in zip(all_axes, measures.items()):
-        heights = [values["before"], values["after"]]
-        bars = axes.bar(["before", "after"], heights, color=["tab:gray", "tab:blue"])
-        axes.bar_label(bars, fmt=digits(name), padding=2)
-        axes.set_title(f"{name}\n{values['rows']} rows", fontsize="medium")
-        axes.margins(y=0.12)
-    figure.tight_layout()
-    with atomic_write(path) as new:
-        figure.savefig(new, dpi=120)
-
-
-def print_measures(measures: Dict[str, dict], digits: Callable[[str], str]) -> None:
-    """Print the measures of `draw_before_and_after` as a table."""
-    print(f"{'Measure':<28} {'Before':>8} {'After':>7} {'Rows':>6}")
-    for name, values in measures.items():
-        before = digits(name) % values["before"]
-        after = digits(name) % values["after"]
-        print(f"{' '.join(name.split()):<28} {before:>8} {after:>7} {values['rows']:>6}")
-
-
 def print_answers(question: str, answers: Dict[str, str]) -> None:
     """Print a question, shortened where it is long, and below it the answers, {heading: text}."""
     if len(question) > MAX_QUESTION:

@@ -15,21 +15,15 @@ from common.support.exit import UserError
 from common.support.files import atomic_write
 from common.tokenization import Encoded, Example, encode_examples, fingerprint
 from common.train_log import with_progress
-from dataset.columns import (
-    ColumnRecorder,
-    apply_template,
-    clean_row,
-    rename_columns,
-    require_asked,
-    row_location,
-)
+from dataset.columns import apply_template, missing_columns, rename_columns, require_asked, row_location
 from dataset.messages import read_messages, read_tools
+from dataset.sources import Source
 from dataset.templates import MESSAGE_COLUMNS, chat, jinja_template
 
 ROWS_PER_CHUNK = 250  # at a time in memory
 
 
-def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Callable, tokenizer, args) -> None:
+def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template: Callable, tokenizer, args) -> None:
     """Tokenize `splits` ("train", "validation") with `template` and save the dataset file at `args.save_path`.
 
     Rows of messages, if the first row is one, are tokenized with the tokenizer's own chat template. `source` says in
@@ -42,13 +36,13 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Ca
     meta = {
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
-        "dataset": str(source),
+        "dataset": source.name,
         "template": template.__name__,
         "block_size": args.block_size,
         "counts": {},
     }
-    if getattr(source, "card", {}):
-        meta["card"] = source.card  # its licence and language
+    if source.card:
+        meta["card"] = source.card  # its license and language
     is_chat = isinstance(apply_template(template, rename_columns(first, args.columns)), Conversation)
     encoder = RowEncoder(template, tokenizer, args.block_size, args.columns, is_chat)
     if is_chat:
@@ -69,7 +63,9 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Ca
             with SplitWriter(new.parent, name) as writer:
                 counts = write_rows(name, rows, encoder, writer)
             if name == "train" and not counts["rows"]:
-                raise UserError(f"All rows of the dataset {source} were dropped. Give another --dataset-name-or-path.")
+                raise UserError(
+                    f"All rows of the dataset {source.name} were dropped. Give another --dataset-name-or-path."
+                )
             meta["counts"][name] = dict(counts)
             tensors[name] = writer.tensors()
         print("Saving dataset into torch format...")
@@ -79,10 +75,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: str, template: Ca
 
 def pick_template(template: Callable, row: dict) -> Callable:
     """`template`; or `chat`, if the row has messages and lacks a column that the template asks for."""
-    recorder = ColumnRecorder(clean_row(row))
-    recorder.record(template)
     has_messages = any(name in row for name in MESSAGE_COLUMNS)
-    return chat if recorder.missing and has_messages else template
+    return chat if has_messages and missing_columns(template, row) else template
 
 
 class EncodedRow(NamedTuple):

@@ -1,80 +1,90 @@
-"""Where rows come from: a dataset of the hub, or the reader's own file or folder, in the same columns."""
+"""Where rows come from: a dataset of the hub, or your own file or folder.
+
+A file is read whole, and its cells stay as they are written: 1.10 is "1.10" in a prompt, not "1.1". The rows of a hub
+dataset stay on the disk and are read as they are used.
+"""
 
 from __future__ import annotations
 
+import csv
+import json
 import platform
+import re
 from itertools import islice
-from operator import length_hint
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
 
 from common.support.exit import UserError, first_line
-from dataset.files import (
-    NARROW,
-    OTHERS,
-    SUFFIXES,
-    WHAT_DATA_CAN_BE,
-    FileRows,
-    Row,
-    require_no_other,
-    shortened,
-)
+from dataset.columns import join_names
 from dataset.standard_library import standard_library_splits
 
-CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # of a hub dataset that comes in several versions, the one that is meant
-HOLD_OUT_EVERY = 20  # of a dataset without a validation split, every 20th row is held out,
+CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # the version of a hub dataset that comes in several
+HOLD_OUT_EVERY = 20  # without a validation split, every 20th row is held out,
 HOLD_OUT_AT_MOST = 256  # up to this many
+WHAT_DATA_CAN_BE = "Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
+HINTS = {  # what to do with files of other kinds
+    ".gz": "is compressed: gunzip it first",
+    ".xlsx": "is an Excel workbook: save the sheet as CSV UTF-8",
+    ".xls": "is an Excel workbook: save the sheet as CSV UTF-8",
+}
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
+LONGEST_CELL = 10**8  # characters; a quote that is never closed makes the rest of a .csv file one cell
 
 
-class Source(str):
-    """A name for data, and what its dataset card says, of the hub or of README.md in a folder."""
+class Row(dict):
+    """A row that knows its place, "my.jsonl, line 12", which a message about it names."""
 
-    card: dict = {}  # "license" and "language", each where it is known
+    __slots__ = ("place",)
+
+    def __init__(self, columns: dict, place: str):
+        super().__init__(columns)
+        self.place = place
 
 
-def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], str]:
-    """{"train": rows, "validation": rows} of a file, of a folder with train and validation files, or of a hub id; and
-    a name for them, with the hub's revision where there is one. "my.json#data" is the list `data` within my.json.
+class Source(NamedTuple):
+    """The name of the data, with the hub's revision, and what its dataset card says: "license" and "language"."""
 
-    Rows can be gone through several times and are read as they are used. Where there is no validation split, rows of
-    train are held out. UserError: no such file or dataset, no rows; and later, a row that can't be read.
+    name: str
+    card: dict = {}
+
+
+def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
+    """{"train": rows, "validation": rows} of a file, a folder, a hub id or "standard-library"; and their source.
+
+    The rows of a split can be iterated several times. Without a validation split, rows of train are held out.
+    UserError if there is no such file or dataset, if it has no rows, or if a row cannot be read.
     """
-    name, _, inside = name_or_path.rpartition("#")
-    if not name or Path(name_or_path).exists():
-        name, inside = name_or_path, ""
-    path, source = Path(name), name_or_path
-    suffix = path.suffix.lower()
-    looks_local = suffix in (*SUFFIXES, *(other[0] for other in OTHERS))
-    looks_local = looks_local or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if inside and path.exists() and (suffix != ".json" or path.is_dir()):
-        raise UserError(f"{name_or_path}: only a .json file has lists within. Leave out #{inside}.")
+    path = Path(name_or_path)
+    may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path)
     if name_or_path == "standard-library":
-        splits, source = standard_library_splits(), f"the standard library of Python {platform.python_version()}"
+        source = Source(f"the standard library of Python {platform.python_version()}")
+        splits = standard_library_splits()
     elif path.is_dir():
-        splits, source = _folder(path), Source(name_or_path)
-        source.card = _card_of(path)
-    elif suffix in SUFFIXES and path.is_file():
-        splits = {"train": FileRows(path, inside)}
-    elif path.exists() or looks_local:
-        if path.is_file():
-            require_no_other(path)
-        what = "is not a file of these" if path.exists() else "does not exist"
-        raise UserError(f"{name} {what}. {WHAT_DATA_CAN_BE}")
+        source = Source(name_or_path, _card_of_folder(path))
+        splits = _read_folder(path)
+    elif path.exists() or path.suffix.lower() in (*READERS, *HINTS) or not may_be_hub_id:
+        source = Source(name_or_path)
+        splits = {"train": read_rows(path)}
     else:
-        splits, source = _hub(name_or_path)
-    if next(iter(splits["train"]), None) is None:
+        splits, source = _load_from_hub(name_or_path)
+    if not len(splits["train"]):
         raise UserError(f"The dataset {name_or_path} is empty. Give one with at least one row.")
     if "validation" not in splits:
-        splits = {"train": HoldOut(splits["train"], False), "validation": HoldOut(splits["train"], True)}
+        splits = {"train": Part(splits["train"], False), "validation": Part(splits["train"], True)}
         print(f"No validation split: every {HOLD_OUT_EVERY}th row is held out, up to {HOLD_OUT_AT_MOST}.")
     return splits, source
 
 
-class HoldOut:
-    """The held-out rows of `rows`, or the others."""
+class Part:
+    """The held-out rows of a split, or the others."""
 
-    def __init__(self, rows: Iterable[dict], held_out: bool):
-        self.rows, self.held_out = rows, held_out
+    def __init__(self, rows, held_out: bool):
+        self.rows = rows
+        self.held_out = held_out
+
+    def __len__(self) -> int:
+        held_out = min(len(self.rows) // HOLD_OUT_EVERY, HOLD_OUT_AT_MOST)
+        return held_out if self.held_out else len(self.rows) - held_out
 
     def __iter__(self) -> Iterator[dict]:
         last = HOLD_OUT_EVERY * HOLD_OUT_AT_MOST
@@ -82,94 +92,225 @@ class HoldOut:
             if (number % HOLD_OUT_EVERY == 0 and number <= last) == self.held_out:
                 yield row
 
-    def __length_hint__(self) -> int:
-        rows = length_hint(self.rows)
-        held_out = min(rows // HOLD_OUT_EVERY, HOLD_OUT_AT_MOST)
-        return held_out if self.held_out else rows - held_out
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_rows(path: Path) -> List[Row]:
+    """The rows of a .jsonl, .json, .csv or .parquet file. UserError, with the place, for what cannot be read."""
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise UserError(f"{path} does not exist. {WHAT_DATA_CAN_BE}")
+    if suffix not in READERS or not path.is_file():
+        raise UserError(f"{path} {HINTS.get(suffix, 'is not a file of these')}. {WHAT_DATA_CAN_BE}")
+    rows = []
+    try:
+        for place, row in READERS[suffix](path):
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, {place} is not a JSON object of columns: {str(row)[:40]!r}. Fix it.")
+            rows.append(Row(row, f"{path}, {place}"))
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}. Check that you may read it.") from None
+    return rows
+
+
+def _read_folder(folder: Path) -> Dict[str, List[Row]]:
+    splits = {}
+    for split in ("train", "validation"):
+        # The hub cuts large splits into several files, as train-00000-of-00002.parquet.
+        name = re.compile(rf"{split}(-\d+-of-\d+)?")
+        files = sorted(
+            file for file in folder.iterdir() if name.fullmatch(file.stem) and file.suffix.lower() in READERS
+        )
+        if len(files) > 1 and any(file.stem == split for file in files):
+            raise UserError(f"{folder} has {join_names(file.name for file in files)}; leave one of them in it.")
+        if files:
+            splits[split] = [row for file in files for row in read_rows(file)]
+    if "train" not in splits:
+        names = join_names(sorted(file.name for file in folder.iterdir()))
+        raise UserError(f"{folder} has no train.jsonl (.json, .csv, .parquet), it has: {names}. Name the file so.")
+    return splits
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 file. UserError for the first one that is not UTF-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig")  # Where files were joined, a byte order mark stands in the middle.
+            except UnicodeDecodeError as error:
+                form = "CSV UTF-8, as Excel calls it" if path.suffix.lower() == ".csv" else "UTF-8"
+                place = f"{path}, line {number}"
+                raise UserError(f"{place} is not UTF-8 text ({error.reason}). Save it as {form}.") from None
+
+
+class JsonNumber(float):
+    """A number in a JSON file that is not an integer. Its text is the one in the file."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# pandas writes an empty cell as NaN.
+DECODER = json.JSONDecoder(parse_constant=lambda _: None, parse_float=JsonNumber)
+
+
+def _read_jsonl(path: Path) -> Iterator[Tuple[str, object]]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", DECODER.decode(line.strip())
+            except (ValueError, RecursionError) as error:
+                raise _invalid_json(path, number, error) from None
+
+
+def _read_json(path: Path) -> Iterator[Tuple[str, object]]:
+    """An array of objects, or JSON lines, as many .json files on the hub are."""
+    text = "".join(_lines(path))
+    try:
+        document = DECODER.decode(text) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":  # a second object
+            return _read_jsonl(path)
+        raise _invalid_json(path, getattr(error, "lineno", 1), error) from None
+    if isinstance(document, dict):
+        raise UserError(
+            f"{path} is one JSON object ({join_names(document)}), not an array of rows. Save the list that holds the "
+            "rows in a file of its own: see tutorial/your_own_data.md."
+        )
+    rows = document if isinstance(document, list) else [document]
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _invalid_json(path: Path, line: int, error: Exception) -> UserError:
+    return UserError(f"{path}, line {line} is not valid JSON: {getattr(error, 'msg', error)}. Fix that line.")
+
+
+def _read_csv(path: Path) -> Iterator[Tuple[str, dict]]:
+    csv.field_size_limit(LONGEST_CELL)  # An article is longer than the default limit.
+    reader = csv.DictReader(_lines(path), strict=True)
+    line = 0
+    try:
+        reader.fieldnames = _column_names(path, reader.fieldnames or [])
+        for row in reader:
+            line = reader.line_num
+            if None in row or None in row.values():  # where DictReader puts surplus cells, and what it fills in
+                raise UserError(
+                    f"{path}, line {line} has more or fewer cells than the header. Put double quotes around text with "
+                    "a comma or a line break."
+                )
+            yield f"line {line}", row
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line + 1} is not a valid .csv row: {error}. Fix that row.") from None
+
+
+def _column_names(path: Path, header: List[str]) -> List[str]:
+    """The names in the header of a .csv file. UserError if it is not separated by commas, or if a name is twice."""
+    names = [name.strip() for name in header]
+    for sign, what in SEPARATORS.items():
+        if len(names) == 1 and sign in names[0]:
+            raise UserError(f"{path} is separated by {what}, not by commas: {names[0][:60]!r}. Save it with commas.")
+    for name in names:
+        if name and names.count(name) > 1:  # The index that pandas writes has no name, and no template asks for it.
+            raise UserError(f"{path}: two columns have the name {name[:40]!r}. Rename one of them.")
+    return names
+
+
+def _read_parquet(path: Path) -> Iterator[Tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000):
+            for start in range(batch.num_rows):
+                number += 1
+                [row] = batch.slice(start, 1).to_pylist()
+                yield f"row {number}", row
+    # It is no .parquet file, or it has text that is not UTF-8, or a year that Python does not have.
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        place = f"{path}, row {number}" if number else path
+        raise UserError(f"{place} can't be read as .parquet: {first_line(error).rstrip('.')}. Save it again.") from None
+
+
+READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+# ------------------------------------------------------------------------------------------------ the hub
 
 
 class HubRows:
-    """The rows of a split of a hub dataset, where a class is its name and not its number."""
+    """The rows of a split of a hub dataset. A class label is its name, not its number."""
 
     def __init__(self, name: str, rows):
-        self.name, self.rows = name, rows
+        self.name = name
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[Row]:
-        from datasets import ClassLabel, Value
+        from datasets import ClassLabel
 
-        features = self.rows.features
-        classes = {column: feature.names for column, feature in features.items() if isinstance(feature, ClassLabel)}
-        kinds = {column: feature.dtype for column, feature in features.items() if isinstance(feature, Value)}
-        narrow = {column: NARROW[kind] for column, kind in kinds.items() if kind in NARROW}
+        features = self.rows.features.items()
+        labels = {column: feature.names for column, feature in features if isinstance(feature, ClassLabel)}
         for number, row in enumerate(self.rows, 1):
-            for column, names in classes.items():
+            for column, names in labels.items():
                 label = row[column]
-                row[column] = names[label] if label is not None and label >= 0 else None  # -1: it is not known
-            yield Row(shortened(row, narrow), f"{self.name}, row {number}")
+                row[column] = names[label] if label is not None and label >= 0 else None  # -1: unknown
+            yield Row(row, f"{self.name}, row {number}")
 
 
-def _folder(path: Path) -> Dict[str, Iterable[dict]]:
-    splits = {}
-    for split in ("train", "validation"):
-        files = sorted(file for file in path.iterdir() if file.stem == split and file.suffix.lower() in SUFFIXES)
-        if len(files) > 1:
-            raise UserError(f"{path} has {' and '.join(file.name for file in files)}; leave one of them in it.")
-        if files:
-            splits[split] = FileRows(files[0])
-    if "train" not in splits:
-        names = ", ".join(sorted(file.name for file in path.iterdir())[:8]) or "nothing"
-        raise UserError(f"{path} has no train.jsonl (.json, .csv, .parquet), it has: {names}. Name the file so.")
-    return splits
-
-
-def _hub(name: str) -> Tuple[Dict[str, Iterable[dict]], str]:
+def _load_from_hub(name: str) -> Tuple[Dict[str, HubRows], Source]:
     import datasets
     from huggingface_hub import HfApi, constants
 
-    # datasets 4 runs no code of others, and does not know that it is asked not to
+    # datasets 4 never runs a repository's own code, and has no such option.
     trust = {} if int(datasets.__version__.split(".")[0]) >= 4 else {"trust_remote_code": False}
-
     try:
         info = HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        revision, card = info.sha, _known(getattr(info, "card_data", None))
-    except Exception:  # not reachable: the next call may still find the dataset in its cache, and says why if not
+        revision, card = info.sha, _read_card(getattr(info, "card_data", None))
+    except Exception:  # Offline, the dataset may still be in the cache. If not, the next call says why.
         revision, card = None, {}
     try:
-        # as datasets.load_dataset does it, which would not say whether it has it already
+        # What datasets.load_dataset does; but that would not say whether it downloads.
         builder = datasets.load_dataset_builder(name, CONFIGS.get(name), revision=revision, **trust)
         if not Path(builder.cache_dir).exists():
             print("Downloading dataset...")
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    except Exception as error:  # of many types in each version of datasets, huggingface_hub and their HTTP library
-        reason = first_line(error).rstrip(".")
+    except Exception as error:  # Its type differs between versions of datasets and huggingface_hub.
         raise UserError(
-            f"The dataset {name} could not be loaded from the hub: {reason}. Check the name and the "
-            f"network, or rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
+            f"The dataset {name} could not be loaded from the hub: {first_line(error).rstrip('.')}. Check the name and "
+            f"the network, or rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
         ) from None
     if "train" not in loaded:
         raise UserError(f"The dataset {name} has no split named train, it has: {', '.join(loaded)}.")
     splits = {split: HubRows(f"{name}, {split}", loaded[split]) for split in ("train", "validation") if split in loaded}
-    source = Source(f"{name} at {revision or 'an unknown revision'}")
-    source.card = card
-    return splits, source
+    return splits, Source(f"{name} at {revision or 'an unknown revision'}", card)
 
 
-def _card_of(folder: Path) -> dict:
+def _card_of_folder(folder: Path) -> dict:
     from huggingface_hub import DatasetCard
 
     try:
-        return _known(DatasetCard.load(folder / "README.md").data)
-    except Exception:  # there is none, or a README.md with another head, or none
+        return _read_card(DatasetCard.load(folder / "README.md").data)
+    except Exception:  # There is none, or its head is of another kind.
         return {}
 
 
-def _known(data) -> dict:
-    """What matters of a card's data, huggingface_hub's, to whoever publishes a model of it."""
-    card = {key: getattr(data, key, None) for key in ("license", "language")}
-    card = {key: [value] if isinstance(value, str) else value for key, value in card.items()}
-    card = {key: [str(one) for one in value] for key, value in card.items() if isinstance(value, list) and value}
-    return {**card, **({"license": ", ".join(card["license"])} if "license" in card else {})}
+def _read_card(data) -> dict:
+    """{"license": text, "language": list of codes} of a dataset card, each if it is there."""
+    card = {}
+    for name in ("license", "language"):
+        value = getattr(data, name, None)
+        if isinstance(value, (str, list)):
+            card[name] = [value] if isinstance(value, str) else [str(one) for one in value]
+    if "license" in card:
+        card["license"] = ", ".join(card["license"])
+    return card

@@ -28,7 +28,7 @@ from dataset.prepare import prepare_dataset
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
 from model.fit import TrainingPlan
-from model.generation import answer_ids
+from model.generate import generate_answers
 from model.load import load_for_training, load_model
 from model.loss import CausalLMLoss
 from model.save import save_model
@@ -503,8 +503,8 @@ def test_a_disk_must_have_room_for_the_adapter_alone(saved, directory, tmp_path,
 def test_answers_to_several_prompts_at_once_are_those_to_each_alone(kind, directory):
     model, tokenizer = load_model(directory(kind), CPU.torch_device, CPU.dtype), load_tokenizer(directory(kind))
     prompts = [list(range(300, 300 + length)) for length in (5, 23, 1, 12)]
-    alone = [answer_ids(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
-    assert len(set(map(tuple, alone))) == 4 and answer_ids(model, tokenizer, prompts, 8) == alone
+    alone = [generate_answers(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert len(set(alone)) == 4 and generate_answers(model, tokenizer, prompts, 8) == alone
 
 
 def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_the_data(
@@ -520,8 +520,8 @@ def test_compare_adapter_shows_the_answers_of_base_and_adapter_beside_those_of_t
         prompts.append(ids[:start])
         found["Answer in the data"].append(tokenizer.decode(ids[start:], skip_special_tokens=True))
     for name, where in (("Base", directory("llama3")), ("Adapter", str(folder))):
-        answers = answer_ids(load_model(where, CPU.torch_device, dtype), tokenizer, prompts, 12)
-        found[name] = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+        answers = generate_answers(load_model(where, CPU.torch_device, dtype), tokenizer, prompts, 12)
+        found[name] = [answer.text for answer in answers]
     assert found["Base"] != found["Adapter"]
     for number in range(2):
         question = tokenizer.decode(prompts[number], skip_special_tokens=True).strip()

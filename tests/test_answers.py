@@ -18,7 +18,7 @@ from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import alpaca, chat
-from model.generation import answer_rows, stream_answer
+from model.generate import answer_questions, stream_answer
 from model.load import load_model
 from tests.conftest import ROOT, TIMEOUT, lay_out, start
 from tests.helpers import KINDS, SCRIPTS, contents, tells
@@ -82,12 +82,12 @@ def test_a_batch_answers_as_prompts_one_at_a_time(kind, stand_ins, tmp_path, cap
     write(tmp_path / "questions.jsonl", [{"n": number, "prompt": text} for number, text in enumerate(TEXTS)])
     args, question = Asked(directory, tmp_path), {"instruction": "", "output": ""}
     questions = load_questions(args, alpaca, {**question, "instruction": "own"})
-    answer_rows(model, tokenizer, questions.encode(tokenizer, args), questions.answers, args, CPU)
+    answer_questions(model, tokenizer, questions.encode(tokenizer, args), questions.answers, args, CPU)
     alone = Namespace(**{**vars(args), "save_path": None})
     for answer, (number, text) in zip(lines(tmp_path / "answers.jsonl"), enumerate(TEXTS)):
         one = load_questions(alone, alpaca, {**question, "instruction": text}).encode(tokenizer, alone)[0]
         said = stream_answer(model, tokenizer, one, args.max_new_tokens, 0.0)
-        ended = "has not ended by itself" not in capsys.readouterr().out
+        ended = "(stopped at --max-new-tokens" not in capsys.readouterr().out
         assert answer == {"n": number, "prompt": text, "answer": said, "ended": ended}
 
 
@@ -103,7 +103,7 @@ def test_sampled_answers_are_those_of_the_seed(stand_ins, tmp_path):
             path.unlink()
         torch.manual_seed(seed)
         questions = load_questions(args, alpaca, {"instruction": "own", "output": ""})
-        answer_rows(model, tokenizer, questions.encode(tokenizer, args), questions.answers, args, CPU)
+        answer_questions(model, tokenizer, questions.encode(tokenizer, args), questions.answers, args, CPU)
         found.append(lines(tmp_path / "answers.jsonl"))
     assert found[0] == found[1] != found[2] and found[3] not in found[:3]
 
@@ -162,6 +162,15 @@ def test_a_file_of_prompts(trained, asks, warm):
     done = warm(FILE, cwd=asks)
     assert done.stdout == "All 5 rows of questions.jsonl are answered in answers.jsonl.\n"  # and nothing was loaded
     assert contents(asks) == before
+
+
+@pytest.mark.parametrize("name", ["questions.csv", "questions.json"])
+def test_prompts_in_a_table_or_an_array(name, ready, warm):
+    csv, array = "id,article\n7,The bridge will close.\n", '[{"id": 7, "article": "The bridge will close."}]'
+    (ready / name).write_text(csv if name.endswith(".csv") else array)
+    warm(f"{SCRIPTS['inference']} --prompt-file {name} --save-path answers.jsonl", cwd=ready)
+    [answer] = lines(ready / "answers.jsonl")
+    assert [*answer] == ["id", "article", "answer", "ended"] and answer["id"] in (7, "7")
 
 
 def test_what_is_cut_is_told(trained, tmp_path, warm):
@@ -242,12 +251,12 @@ def test_memory_that_gives_out_loses_nothing(never_cut_answers, asks, warm):
     assert lines(asks / "answers.jsonl") == never_cut_answers
 
 
-def test_a_disk_that_is_full_leaves_whole_lines(never_cut_answers, asks, warm):
+def test_answers_are_resumed_after_a_full_disk(never_cut_answers, asks, warm):
     """By the system's own limit on the size of a file."""
     write(asks / "questions.jsonl", lines(asks / "questions.jsonl") * 10)
     command = FILE.replace("python ", f"python {ROOT}/tests/limited.py files 4000 ")
     tells(warm(command, cwd=asks, ok=None), "Cannot write", "File too large", "Free disk space")
-    assert 2 < len(lines(asks / "answers.jsonl")) < 50
+    assert 2 < (asks / "answers.jsonl").read_bytes().count(b"\n") < 50
     warm(FILE, cwd=asks)
     assert lines(asks / "answers.jsonl") == never_cut_answers * 10
 
@@ -279,19 +288,21 @@ GOOD = {"article": "The bridge will close."}
 @pytest.mark.parametrize(
     "rows, words",
     [
-        (None, ["--prompt-file questions.jsonl does not exist"]),
+        (None, ["questions.jsonl does not exist"]),
         (b"", ["questions.jsonl is empty"]),
         (b"\n \n", ["questions.jsonl is empty"]),
         (b'{"article": "a"}\n{"article": \n', ["questions.jsonl, line 2", "not valid JSON"]),
         (b'{"article": "a"}\n["b"]\n', ["questions.jsonl, line 2", "not a JSON object"]),
         ('{"article": "한글"}'.encode("cp949"), ["questions.jsonl, line 1", "not UTF-8"]),
-        (b'{"article": "a", "article": "b"}\n', ["line 1", "the key 'article' twice"]),
-        ([GOOD, {"instruction": "a"}], ["questions.jsonl, line 2", "no 'article' and no 'prompt'", "instruction"]),
+        (
+            [GOOD, {"instruction": "a"}],
+            ["questions.jsonl, line 2", "none of the columns article, prompt", "instruction"],
+        ),
         ([GOOD, {"article": ["a"]}], ["questions.jsonl, line 2", "column 'article' holds a list"]),
         ([GOOD, {"article": " "}], ["questions.jsonl, line 2", "article is empty"]),
         ([GOOD, {"prompt": None}], ["questions.jsonl, line 2", "prompt is empty"]),
-        ([GOOD, {**GOOD, "answer": "mine"}], ["questions.jsonl, line 2", "already has 'answer'", "Rename it"]),
-        ([{"messages": [{"role": "user", "content": "a"}]}], ["line 1", "no 'article'", "messages"]),
+        ([GOOD, {**GOOD, "answer": "mine"}], ["questions.jsonl", "already has a column 'answer'", "Rename it"]),
+        ([{"messages": [{"role": "user", "content": "a"}]}], ["line 1", "none of the columns article", "messages"]),
     ],
 )
 def test_a_file_of_prompts_that_is_none(rows, words, refused):
@@ -306,10 +317,10 @@ def test_a_file_of_prompts_that_is_none(rows, words, refused):
         ("--prompt a --save-path b.jsonl", ["--save-path b.jsonl", "give --prompt-file"]),
         ("--prompt-file questions.jsonl", ["questions.jsonl has a prompt on each line", "--save-path"]),
         ("--prompt-file questions.txt --save-path b.jsonl", ["questions.txt", ".jsonl"]),
-        ("--prompt-file . --save-path b.jsonl", ["--prompt-file .", ".jsonl"]),
-        ("--prompt-file questions.jsonl --save-path questions.jsonl", ["questions.jsonl is the file of prompts"]),
-        ("--prompt-file questions.jsonl --save-path ./llama3-8b/../questions.jsonl", ["is the file of prompts"]),
-        ("--prompt-file questions.jsonl --save-path llama3-8b", ["llama3-8b", "directory", "--save-path"]),
+        ("--prompt-file . --save-path b.jsonl", [". is not a file", ".jsonl"]),
+        ("--prompt-file questions.jsonl --save-path questions.jsonl", ["questions.jsonl exists, but"]),
+        ("--prompt-file questions.jsonl --save-path ./llama3-8b/../questions.jsonl", ["questions.jsonl exists, but"]),
+        ("--prompt-file questions.jsonl --save-path llama3-8b", ["llama3-8b exists, but", "--save-path"]),
         ("--prompt-file questions.jsonl --save-path llama3_dataset.pt/a.jsonl", ["llama3_dataset.pt is a file"]),
         ("--prompt-file questions.jsonl --save-path llama3_dataset.pt", ["llama3_dataset.pt exists, but"]),
         ("--prompt-file questions.jsonl --save-path b.jsonl --batch-rows 0", ["--batch-rows", "1 or more"]),
@@ -341,11 +352,11 @@ def test_a_prompt_that_is_longer_than_the_model_has_room_for(refused):
 @pytest.mark.parametrize(
     "words, told",
     [
-        (["--max-new-tokens", "3"], ["--max-new-tokens was 2 and is 3"]),
-        (["--temperature", "0.5"], ["--temperature was 0.0 and is 0.5"]),
-        (["--no-quantization"], ["--bits was None and is 0"]),
-        (["--model-name-or-path", "./other"], ["--model-name-or-path ./other has different weights", "weights"]),
-        (["--prompt-file", "others.jsonl"], ["--prompt-file others.jsonl has different content", "content"]),
+        (["--max-new-tokens", "3", "--seed", "1"], ["another value of: max_new_tokens, seed"]),
+        (["--temperature", "0.5"], ["another value of: temperature"]),
+        (["--no-quantization"], ["another value of: bits"]),
+        (["--model-name-or-path", "./other"], ["another value of: model"]),
+        (["--prompt-file", "others.jsonl"], ["another value of: prompts"]),
     ],
 )
 def test_answers_that_were_made_otherwise(words, told, ready, refused, warm):
@@ -358,9 +369,9 @@ def test_answers_that_were_made_otherwise(words, told, ready, refused, warm):
     path.write_text(path.read_text(encoding="utf-8").splitlines()[0] + "\n", encoding="utf-8")
     if "./other" in words:
         write_tiny("gpt", ready / "other")
-    refused(None, *words, tells_of=["answers.jsonl has answers made with other options", *told, "--save-path"])
-    (ready / "llama3-8b").rename(ready / "moved")  # the same weights, the same seed where nothing is drawn
-    warm(UNTRAINED, "--model-name-or-path", "./moved", "--seed", 3, "--batch-rows", 1, cwd=ready)
+    refused(None, *words, tells_of=["answers.jsonl has answers made with", *told, "--save-path"])
+    (ready / "llama3-8b").rename(ready / "moved")  # the same weights
+    warm(UNTRAINED, "--model-name-or-path", "./moved", "--batch-rows", 1, cwd=ready)
     assert len(lines(path)) == 2
 
 
@@ -368,19 +379,12 @@ def test_a_file_that_is_no_file_of_answers(ready, refused, warm):
     write(ready / "questions.jsonl", [GOOD])
     (ready / "answers.jsonl").write_text("mine\n")
     refused(None, tells_of=["answers.jsonl exists, but", "answers.run.json", "--save-path"])
-    (ready / "answers.jsonl").unlink()
-    warm(UNTRAINED, cwd=ready)
-    line = (ready / "answers.jsonl").read_text(encoding="utf-8")
-    for foreign in ("mine\n", "[]\n", '{"article": "b", "answer": "c", "ended": true}\n', line):
-        (ready / "answers.jsonl").write_text(line + foreign, encoding="utf-8")
-        refused(
-            None,
-            tells_of=["answers.jsonl, line 2 is not the answer to that row of questions.jsonl", "Delete this line"],
-        )
+    (ready / "answers.run.json").write_text("damaged")
+    refused(None, tells_of=["answers.jsonl exists, but", "answers.run.json", "--save-path"])
 
 
 def test_a_template_of_the_readers_own(tmp_path):
-    """Its columns are asked for, but for those that are empty in the question; `prompt` stands for the first."""
+    """Its first column is asked for, or `prompt` in its place; the others are those of the question."""
 
     def review(row):
         return Example(["평: ", row["review"], ", 별: ", row["stars"], row["more"]], row["label"])
@@ -390,8 +394,8 @@ def test_a_template_of_the_readers_own(tmp_path):
     question, args = {"review": "own", "stars": "5", "more": "", "label": ""}, Asked(tmp_path, tmp_path)
     asked = ["".join(one.prompt) for one in load_questions(args, review, question).asked]
     assert asked == ["평: a, 별: 3", "평: b, 별: 5", "평: c, 별: 2!"]
-    write(tmp_path / "questions.jsonl", [{"review": "a"}])
-    with pytest.raises(UserError, match="line 1 has no 'stars' and no 'prompt', it has: review"):
+    write(tmp_path / "questions.jsonl", [{"stars": 3}])
+    with pytest.raises(UserError, match="line 1 has none of the columns review, prompt; it has: stars"):
         load_questions(args, review, question)
 
 
@@ -419,7 +423,6 @@ TALK = [USER, {"role": "assistant", "content": "b"}, {"role": "user", "content":
         ({"messages": TALK, "prompt": "not asked"}, "s", [SYSTEM, *TALK]),
         ({"messages": [SYSTEM, USER]}, "other", [SYSTEM, USER]),
         ({"conversations": [{"from": "human", "value": "a"}]}, None, [USER]),
-        ({"instruction": "a", "input": "x", "output": "y"}, None, [{"role": "user", "content": "a\n\nx"}]),
     ],
 )
 def test_what_a_row_of_a_chat_asks(row, system, messages, tmp_path):
@@ -434,7 +437,7 @@ def test_tools_of_a_row_are_told_to_the_model(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"text": "a"}, ["no 'messages' and no 'prompt'", "text"]),
+        ({"text": "a"}, ["none of the columns messages, conversations, prompt", "text"]),
         ({"prompt": ""}, ["last message is empty"]),
         ({"prompt": ["a"]}, ["message 1 is a list of parts"]),
         ({"messages": []}, ["last message must be from the user"]),

@@ -20,7 +20,7 @@ from common.support.exit import UserError
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
-from model.generation import answer_ids
+from model.generate import generate_answers
 from model.load import load_model
 from model.lora import add_lora, load_adapter, save_adapter
 from model.loss import CausalLMLoss, has_plain_head
@@ -369,10 +369,10 @@ def test_answers_side_by_side_are_those_one_by_one(family, base, tokenizer):
     model = load_model(base, CPU)
 
     def ours(prompts):
-        return [until_end(answer) for answer in answer_ids(model, tokenizer, prompts, 8)]
+        return [answer.text for answer in generate_answers(model, tokenizer, prompts, 8)]
 
-    def until_end(answer):
-        return answer[: answer.index(2) + 1] if 2 in answer else answer
+    def text_until_end(answer):
+        return tokenizer.decode(answer[: answer.index(2)] if 2 in answer else answer, skip_special_tokens=True)
 
     alone, together = alone_and_together(ours)
     if family not in PADDING_SHOWS:
@@ -385,7 +385,7 @@ def test_answers_side_by_side_are_those_one_by_one(family, base, tokenizer):
         batch = [[0] * (20 - len(prompt)) + prompt for prompt in prompts] if len(prompts) > 1 else prompts
         ids = torch.tensor(batch)
         output = reference.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=8, do_sample=False)
-        return [until_end(answer) for answer in output[:, ids.shape[1] :].tolist()]
+        return [text_until_end(answer) for answer in output[:, ids.shape[1] :].tolist()]
 
     alone_in_transformers, together = alone_and_together(of_transformers)
     assert alone == alone_in_transformers

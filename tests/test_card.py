@@ -17,7 +17,7 @@ from common.support.model_dir import read_origin, write_origin
 from common.tokenization import encode_prompt, load_tokenizer
 from dataset.sources import load_splits
 from dataset.templates import summarization
-from model.generation import answer_ids
+from model.generate import generate_answers
 from model.load import load_model
 from tests.conftest import ROOT, environment
 from tests.helpers import first_fast, parquet, records, rows_of
@@ -101,8 +101,8 @@ def test_its_code_runs_and_answers_as_ours_does(name, results, monkeypatch):
     tokenizer = load_tokenizer(f"./{name}")
     model = load_model(f"./{name}", torch.device("cpu"), torch.float32)
     prompt = encode_prompt(tokenizer, summarization({"article": "The bridge is shut.", "highlights": ""}), 1000)
-    (answer,) = answer_ids(model, tokenizer, [prompt], 12)
-    assert done.stdout == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+    (answer,) = generate_answers(model, tokenizer, [prompt], 12)
+    assert done.stdout == answer.text + "\n"
 
 
 def test_each_training_writes_its_own(results, warm, tmp_path):
@@ -173,7 +173,7 @@ def test_what_a_folder_says_of_its_data(tmp_path):
     for text, known in cards.items():
         (tmp_path / "README.md").write_text(text)
         splits, source = load_splits(str(tmp_path))
-        assert (source, source.card) == (str(tmp_path), known) and [*splits["train"]] == [{"a": "b"}]
+        assert source == (str(tmp_path), known) and [*splits["train"]] == [{"a": "b"}]
 
 
 def test_our_samples_have_a_licence_and_a_language():

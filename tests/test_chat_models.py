@@ -83,7 +83,7 @@ def test_a_file_of_prompts_is_answered_as_it_was_learned(memorized, tmp_path, wa
         and "(4 ended with a stop token)" in said
     )
     done = warm(f"{ASK} --model-name-or-path ./chat {words}", cwd=folder, ok=None)
-    tells(done, "--system was 날씨만 말해. and is None")
+    tells(done, "answers.jsonl has answers made with another value of: system")
 
 
 def test_a_question_with_a_control_token_in_its_text_is_refused(memorized, tmp_path, warm):
@@ -151,23 +151,19 @@ def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memori
 
 @pytest.mark.parametrize("ends", [True, False])
 def test_answers_of_a_chat_end_by_themselves(ends, memorized):
-    from common.batches import Batches
     from common.dataset_file import stop_token_ids
     from common.device import start_device
-    from model.generation import answer_ids, perplexity_and_answers
+    from model.generate import generate_answers
     from model.load import load_model
 
     device = start_device(0)
     tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
     prompts = [prompt for prompt, _ in held_out_prompts(dataset, "it", tokenizer, 2)]
     model = load_model(str(memorized / "chat"), device.torch_device)
-    batches = Batches(dataset["validation"], 2, 1024)
     known = stop_token_ids(dataset["meta"], tokenizer) if ends else []
-    _, answers = perplexity_and_answers(model, tokenizer, batches, prompts, 20, device, "asked", known)
+    answers = generate_answers(model, tokenizer, prompts, 20, known)
     assert [ended for _, ended in answers] == [ends, ends]
-    assert [text == "비가 와요." for text, _ in answers] == [ends, ends]
-    (one, _) = answer_ids(model, tokenizer, prompts, 20, known)
-    assert len(one) == 20 or ends
+    assert [text.strip() == "비가 와요." for text, _ in answers] == [ends, ends]
 
 
 def test_an_adapter_and_what_is_merged_of_it(memorized, tmp_path, warm):

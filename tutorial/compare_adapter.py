@@ -30,7 +30,7 @@ def main():
     from common.device import start_device
     from common.tokenization import load_tokenizer
     from common.train_log import print_answers
-    from model.generation import answer_ids, prompt_room
+    from model.generate import generate_answers, prompt_room
     from model.load import load_model
 
     device = start_device(seed=0)
@@ -42,13 +42,14 @@ def main():
     ends = stop_token_ids(dataset["meta"], tokenizer)
     room = prompt_room(model, args.max_new_tokens)
     prompts = [prompt[:room] for prompt, _ in questions]
-    after = answer_ids(model, tokenizer, prompts, args.max_new_tokens, ends)
+    after = generate_answers(model, tokenizer, prompts, args.max_new_tokens, ends)
     with model.disable_adapter():  # the same weights, asked without what was learned
-        before = answer_ids(model, tokenizer, prompts, args.max_new_tokens, ends)
+        before = generate_answers(model, tokenizer, prompts, args.max_new_tokens, ends)
 
-    for (_, reference), *ids in zip(questions, prompts, before, after):
-        question, base, adapter = (tokenizer.decode(text, skip_special_tokens=True).strip() for text in ids)
-        print_answers(question, {"Base": base, "Adapter": adapter, "Answer in the data": reference})
+    for prompt, (_, reference), base, adapter in zip(prompts, questions, before, after):
+        question = tokenizer.decode(prompt, skip_special_tokens=True).strip()
+        answers = {"Base": base.text.strip(), "Adapter": adapter.text.strip(), "Answer in the data": reference}
+        print_answers(question, answers)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def main():
     from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
     from common.tokenization import fingerprint, load_tokenizer
-    from common.train_log import draw_before_and_after, print_answers, print_measures
-    from dataset.scores import digits, measures_of, score_of
-    from model.generation import perplexity_and_answers
+    from common.train_log import print_answers, with_progress
+    from dataset.scores import compare_scores, draw_table, measures_for, print_table
+    from model.generate import generate_in_batches, perplexity
     from model.load import load_model
 
     device = start_device(seed=0)
@@ -90,8 +90,12 @@ def main():
             "its base. Give the right one with --base-model-name-or-path."
         )
     questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
-    prompts, references = ([question[part] for question in questions] for part in (0, 1))
-    score, ends = score_of(dataset["meta"]["template"]), stop_token_ids(dataset["meta"], tokenizer)
+    prompts, references = [prompt for prompt, _ in questions], [reference for _, reference in questions]
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    measures = measures_for(dataset["meta"]["template"])
+    for score in measures:
+        score("", "", "")  # A missing package is reported before the work.
+    ends = stop_token_ids(dataset["meta"], tokenizer)
     static_length = dataset["meta"]["block_size"] if device.static_shapes else 0
     batches = Batches(dataset["validation"], args.batch_rows, device.micro_batch_tokens, static_length)
 
@@ -99,10 +103,12 @@ def main():
         return load_model(directory, device.torch_device, device.dtype, args.bits)
 
     def measure(model, when):
-        return perplexity_and_answers(model, tokenizer, batches, prompts, args.max_new_tokens, device, when, ends)
+        mean_perplexity = perplexity(model, batches, len(prompts), device)
+        parts = with_progress(generate_in_batches(model, tokenizer, prompts, args, ends), len, when, len(prompts))
+        return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 
-    base = ModelSource(args.model_name_or_path).base
-    if base != args.model_name_or_path and base == args.base_model_name_or_path:  # an adapter on that base
+    source = ModelSource(args.model_name_or_path)
+    if source.is_adapter and source.base == args.base_model_name_or_path:
         model = load(args.model_name_or_path)
         with model.disable_adapter():  # the same weights, asked without what was learned
             before = measure(model, "before")
@@ -111,24 +117,25 @@ def main():
         before = measure(load(args.base_model_name_or_path), "before")
         after = measure(load(args.model_name_or_path), "after")
 
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    measures = measures_of(score, texts, references, before, after)
+    table = compare_scores(measures, texts, references, before, after)
     report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": device.name}
-    report["measures"] = {name.replace("\n", " "): values for name, values in measures.items()}
+    report["measures"] = table
     report["answers"] = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
         for prompt, reference, (old, old_ended), (new, new_ended) in zip(texts, references, before[1], after[1])
     ]
-    with atomic_write(Path(args.save_dir) / "evaluation.json") as new:
+    save_dir = Path(args.save_dir)
+    with atomic_write(save_dir / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    draw_before_and_after(measures, digits, Path(args.save_dir) / "evaluation.png")
-    # saved before it is printed: `| head` may have closed the output
+    draw_table(table, save_dir / "evaluation.png")
+    # Saved before it is printed: `| head` may have closed the output.
     print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
-    print_measures(measures, digits)
-    print(" ".join(score.__doc__.split()))  # what the measures are
+    print_table(table)
+    for score in measures:
+        print(" ".join(score.__doc__.split()))  # what it measures
     for row in report["answers"][: args.show]:
-        answers = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
-        print_answers(row["prompt"].strip(), answers)
+        shown = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
+        print_answers(row["prompt"].strip(), shown)
     print(f"Saved in {args.save_dir}: evaluation.json, evaluation.png")
 
 

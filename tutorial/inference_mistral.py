@@ -31,7 +31,7 @@ def main():
     from common.device import start_device
     from common.tokenization import load_tokenizer
     from dataset.questions import load_questions
-    from model.generation import answer_rows, stream_answer
+    from model.generate import answer_questions
     from model.load import load_model
 
     # The same template as in training, with an empty answer.
@@ -42,10 +42,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     prompts = questions.encode(tokenizer, args)
     model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
-    if args.save_path:
-        answer_rows(model, tokenizer, prompts, questions.answers, args, device)
-    else:
-        stream_answer(model, tokenizer, prompts[0], args.max_new_tokens, args.temperature)
+    answer_questions(model, tokenizer, prompts, questions.answers, args, device)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main():
     from common.device import start_device
     from common.tokenization import load_tokenizer
     from dataset.questions import load_questions
-    from model.generation import answer_rows, prompt_room, stream_answer
+    from model.generate import answer_questions, prompt_room, stream_answer
     from model.load import load_model
 
     question = {"prompt": args.prompt or QUESTION, "system": args.system}
@@ -45,20 +45,16 @@ def main():
     ends = [template.end_of_turn(), tokenizer.eos_token_id]
     prompts = questions.encode(tokenizer, args, template)
     model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
-    if args.save_path:
-        return answer_rows(model, tokenizer, prompts, questions.answers, args, device, ends)
+    if args.save_path or args.prompt or not (sys.stdin and sys.stdin.isatty()):
+        return answer_questions(model, tokenizer, prompts, questions.answers, args, device, ends)
 
-    def answer_to(prompt: list, show_prompt: bool) -> str:
-        return stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt)
-
-    if args.prompt or not (sys.stdin and sys.stdin.isatty()):
-        return answer_to(prompts[0], True)
-    print("Ask, and go on asking. An empty line ends the conversation.")
+    print("Type a message and press Enter. An empty line ends the conversation.")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     for text in iter(typed, ""):
         messages.append({"role": "user", "content": text})
         prompt = encode_question(template, messages, None, prompt_room(model, args.max_new_tokens))
-        messages.append({"role": "assistant", "content": answer_to(prompt, False)})
+        answer = stream_answer(model, tokenizer, prompt, args.max_new_tokens, args.temperature, ends, show_prompt=False)
+        messages.append({"role": "assistant", "content": answer})
 
 
 def typed() -> str:

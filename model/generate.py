@@ -1,0 +1,126 @@
+"""A model's answers, one printed token by token or many in batches, and its perplexity on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from typing import Iterator, List, NamedTuple, Optional, Sequence
+
+import torch
+from transformers import TextStreamer
+
+from common.batches import Batches
+from common.device import explain_out_of_memory
+from common.support.exit import UserError
+from common.tokenization import max_prompt_tokens
+from common.train_log import run_facts, with_progress
+from common.trainer import total_loss
+from model.loss import CausalLMLoss, require_causal
+
+MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
+
+
+class Answer(NamedTuple):
+    """The text of an answer, and whether it ended with a stop token."""
+
+    text: str
+    ended: bool
+
+
+def prompt_room(model, max_new_tokens: int) -> int:
+    """The tokens that a prompt of this model may have, so that its answer still fits. UserError if there are none."""
+    return max_prompt_tokens(getattr(model.config, "max_position_embeddings", None), max_new_tokens)
+
+
+@torch.no_grad()
+def generate_answers(
+    model,
+    tokenizer,
+    prompts: List[List[int]],
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
+    temperature: float = 0.0,
+    streamer: Optional[TextStreamer] = None,
+) -> List[Answer]:
+    """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
+
+    An answer stops at one of the token ids `ends`, by default at the tokenizer's end token.
+    """
+    ends = list(ends) or [tokenizer.eos_token_id]
+    longest = max(map(len, prompts))
+    # Padded on the left, so that every answer follows directly after its prompt.
+    ids = [[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    model.eval()
+    output = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.eos_token_id,
+        do_sample=temperature > 0,
+        temperature=temperature or 1.0,
+        streamer=streamer,
+    )
+    answers = []
+    for answer in output[:, longest:].tolist():
+        stop = next((number for number, token in enumerate(answer, 1) if token in ends), None)
+        answers.append(Answer(tokenizer.decode(answer[:stop], skip_special_tokens=True), stop is not None))
+    return answers
+
+
+def stream_answer(
+    model,
+    tokenizer,
+    prompt: List[int],
+    max_new_tokens: int,
+    temperature: float,
+    ends: Sequence[int] = (),
+    show_prompt: bool = True,
+) -> str:
+    """Print the answer to `prompt` token by token, below the prompt if it is shown; return the answer."""
+    if show_prompt:
+        print(tokenizer.decode(prompt, skip_special_tokens=True), flush=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with explain_out_of_memory("the answer", model.device, MEMORY_SAVING[1:]):
+        [answer] = generate_answers(model, tokenizer, [prompt], max_new_tokens, ends, temperature, streamer)
+    if not answer.ended:
+        print(f"(stopped at --max-new-tokens {max_new_tokens})")
+    return answer.text
+
+
+def generate_in_batches(
+    model, tokenizer, prompts: List[List[int]], args, ends: Sequence[int] = (), temperature: float = 0.0
+) -> Iterator[List[Answer]]:
+    """The answers to `prompts` in their order, `args.batch_rows` at a time, of at most `args.max_new_tokens` tokens."""
+    if max(map(len, prompts)) > prompt_room(model, args.max_new_tokens):
+        raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
+    for start in range(0, len(prompts), args.batch_rows):
+        batch = prompts[start : start + args.batch_rows]
+        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
+            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature)
+        yield answers
+
+
+def answer_questions(model, tokenizer, prompts: List[List[int]], answers, args, device, ends=()) -> None:
+    """Print the answer to the only prompt; or save those of a file of prompts in `answers`, its AnswersFile."""
+    if answers is None:
+        stream_answer(model, tokenizer, prompts[0], args.max_new_tokens, args.temperature, ends)
+        return
+    done, total = answers.answered, len(answers.rows)
+    if done:
+        print(f"Continuing: {done} of {total} rows are answered in {answers.path}", flush=True)
+    answers.begin(run_facts(vars(args), {}, device.name))
+    batches = generate_in_batches(model, tokenizer, prompts, args, ends, args.temperature)
+    for batch in with_progress(batches, len, "answers", total, done):
+        answers.add(batch)
+    print(f"Saved {answers.answered} answers in {answers.path} ({answers.count_ended()} ended with a stop token)")
+
+
+def perplexity(model, batches: Batches, num_rows: int, device) -> float:
+    """exp of the mean loss of an answer token, over the first `num_rows` rows of `batches`."""
+    if not device.static_shapes:
+        require_causal(model, model.name_or_path)
+    with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
+    rows = list(range(num_rows))
+    with explain_out_of_memory("a batch of rows", model.device, MEMORY_SAVING[:2]):
+        return math.exp(total_loss(with_loss, batches, rows, device) / batches.num_labels(rows))
