@@ -272,7 +272,7 @@ def test_an_adapter_on_korean(ready, warm):
     warm(f"python tutorial/train_llama3_1.py {model} {TRAIN} --no-quantization", cwd=ready)
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean", cwd=ready)
     check(done, ready, "./llama3_1_korean", [CHRF, ENDED], "llama3_1_dataset.pt")
-    assert done.stdout.count("Adapter ./llama3_1_korean") == 1
+    assert done.stdout.count("Loading adapter ./llama3_1_korean") == 1
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean --show 0", cwd=ready)
     assert "Answer in the data" not in done.stdout
 
