@@ -1,9 +1,9 @@
-"""A stand-in of about 1 MB for each tutorial's model: every command runs on a laptop, offline, in seconds.
+"""A tiny model of about 1 MB for each tutorial: with it, every command runs on a laptop, offline, in seconds.
 
 `write_tiny("llama3", "./llama3-8b")` writes what the download would: the same architecture class, files and tokenizer
 conventions (which tokens begin and end a text, whether there is a pad token, which text has id 0), with random weights
-and a tokenizer trained on the rows in dataset/samples. A mistake then shows here as it would with the real model:
-whoever pads Llama3 with id 0 hides every `!`, here as there.
+and a tokenizer trained on the rows in dataset/samples. So mistakes show as they would with the real model: padding
+Llama3 with id 0 hides every `!`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from model.configs import CONFIGS
 from model.conventions import LLAMA3_WORDS, NOT_SPECIAL, SENTENCEPIECE, SPECIALS, TOKENIZERS
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
-VOCABULARY = 1600  # tokens, as far as the samples give so many; Llama3's and GPT's special ones come on top
-REAL_WEIGHTS = 50 * 2**20  # bytes; no stand-in has a file of that size
+VOCABULARY = 1600  # tokens at most, without the special tokens of Llama3 and GPT
+REAL_WEIGHTS = 50 * 2**20  # bytes; no tiny model has a file of this size
 
-# The real model's config.json, smaller, with the names of the hub's files: every transformers reads them, while the
-# file that 5.x saves has new names (`rope_parameters`), which older ones pass over. The dtype is the real one's too:
-# transformers 5 loads what is stored, so a script that forgets to ask for fp32 gets bf16 here.
+# The sizes that replace those in the real model's config.json; all other settings stay. Their names are those on the
+# hub, which every transformers reads. Version 5 saves new ones (`rope_parameters`), which older versions ignore. The
+# dtype is the real one too: a script that forgets to ask for float32 gets bfloat16 here as well.
 SMALL = {
     "hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "n_embd": 64, "n_inner": 256, "n_layer": 2, "n_head": 4,
@@ -32,25 +32,25 @@ SMALL = {
 
 
 def download_or_tiny(args, kind: str) -> None:
-    """What a download script does: fetch the model that `args` name, or with --tiny write the stand-in for it."""
+    """Download the model that `args` name, or with --tiny write the tiny model of this `kind`."""
     if args.tiny:
         write_tiny(kind, args.save_dir)
-        print(f"Stand-in model saved in {args.save_dir}")
+        print(f"Tiny model saved in {args.save_dir}")
     else:
         download_model(args.model_name, args.save_dir, args.token, convert=kind == "gpt")
 
 
 def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
-    """Write the stand-in for `kind`, a key of CONFIGS, to `save_dir`: whole or not at all.
+    """Write the tiny model of `kind`, a key of CONFIGS, to `save_dir`.
 
-    The same seed and samples give the same files. In a directory that exists, the files of these names are replaced and
-    all others stay; one that holds a real model is refused.
+    The same seed and samples give the same files. In a directory that exists, files of these names are replaced and all
+    others stay. UserError if it contains a real model.
     """
     settings = {key: SMALL.get(key, value) for key, value in CONFIGS[kind].items()}
     if CONFIGS[kind].get("num_key_value_heads") == CONFIGS[kind].get("num_attention_heads", 0):
         settings["num_key_value_heads"] = SMALL["num_attention_heads"]  # Llama2 13B shares none
     target = Path(save_dir).resolve()
-    _refuse_what_is_not_ours(target)
+    _refuse_real_model(target)
     require_writable(target, "--save-dir")
     with atomic_write(target, stale=("tokenizer.model",)) as folder:
         folder.mkdir()
@@ -62,13 +62,13 @@ def write_tiny(kind: str, save_dir, seed: int = 0) -> None:
         _save_model(settings, folder, seed)
 
 
-def _refuse_what_is_not_ours(target):
-    for file in target.rglob("*"):  # all the way down: a download under way is kept in .cache, as *.incomplete
+def _refuse_real_model(target):
+    for file in target.rglob("*"):  # a download that is under way has *.incomplete files in .cache
         weights = file.suffix in (".safetensors", ".bin", ".pth", ".gguf", ".incomplete") and file.is_file()
         if weights and file.stat().st_size > REAL_WEIGHTS:
             raise UserError(
-                f"{target} holds a real model ({file.name}, {file.stat().st_size / 1e9:.2f} GB), and a stand-in must "
-                "not overwrite it. Choose another --save-dir, or delete that directory first."
+                f"{target} contains a real model ({file.name}, {file.stat().st_size / 1e9:.2f} GB), which --tiny would "
+                "overwrite. Choose another --save-dir, or delete that directory first."
             )
 
 
@@ -77,7 +77,7 @@ def _texts():
     files = sorted(SAMPLES.glob("*/train.jsonl"))
     rows = [json.loads(line) for file in files for line in file.open(encoding="utf-8") if line.strip()]
     if not rows:
-        raise UserError(f"no rows in {SAMPLES}/*/train.jsonl to train a tokenizer on. Clone the repository again.")
+        raise UserError(f"{SAMPLES}/*/train.jsonl have no rows to train a tokenizer on. Clone the repository again.")
     return [value for row in rows for value in row.values() if isinstance(value, str)]
 
 
@@ -87,7 +87,8 @@ def _sentencepiece(folder):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(  # coverage: the rarest characters become bytes, as most Hangul in Llama2
+    # character_coverage: the rarest characters become bytes, as most Hangul does in Llama2.
+    sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in _texts() for line in text.splitlines()), model_writer=model,
         model_type="bpe", vocab_size=VOCABULARY, hard_vocab_limit=False, byte_fallback=True, character_coverage=0.99,
         split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
@@ -96,8 +97,8 @@ def _sentencepiece(folder):
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
-    # SentencePiece joins the two neighbours that make the piece of the lowest id. So the merges are all the ways to
-    # halve a piece, in the order of the pieces; <unk>, <s>, </s> and the 256 bytes are never made of anything.
+    # SentencePiece joins the two neighbours that make the piece with the lowest id. So the merges are all ways to cut a
+    # piece in two, in the order of the pieces. <unk>, <s>, </s> and the 256 bytes are not made of others.
     normal = {piece: index for piece, index in vocabulary.items() if index >= 3 + 256}
     merges = []
     for piece in normal:
@@ -124,7 +125,7 @@ def _byte_level(kind):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not (llama3 or qwen3))
     if qwen3:
         tokenizer.normalizer = normalizers.NFC()
-    if llama3 or qwen3:  # Qwen's digits are each on their own
+    if llama3 or qwen3:  # in Qwen3 each digit is a token
         pattern = LLAMA3_WORDS.replace("{1,3}", "") if qwen3 else LLAMA3_WORDS
         words = pre_tokenizers.Split(Regex(pattern), "isolated")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, tokenizer.pre_tokenizer])
@@ -153,9 +154,9 @@ def _begin_with(tokenizer, bos):
 def _save_tokenizer(tokenizer, settings, folder):
     content = json.loads(tokenizer.to_str())
     model, added = content["model"], content["added_tokens"]
-    # each merge as one text, as in the hub's files: tokenizers before 0.20 cannot read pairs
+    # Each merge as one text, as in the hub's files: tokenizers before 0.20 cannot read pairs.
     model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    if settings["tokenizer_class"] == "GPT2Tokenizer":  # counts its special token as an ordinary one, Llama3 does not
+    if settings["tokenizer_class"] == "GPT2Tokenizer":  # its special token is in the vocabulary, too
         model["vocab"].update({token["content"]: token["id"] for token in added})
     specials = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}
     settings = {**settings, "added_tokens_decoder": specials, "model_input_names": ["input_ids", "attention_mask"]}
@@ -167,22 +168,22 @@ def _save_model(settings, folder, seed):
     import torch
     import transformers
 
-    # transformers reads the settings from a file because it changes the dict that it is given; without the dtype,
-    # because the random numbers are drawn in fp32, which every torch can
+    # From a file, because transformers would change the dict. Without the dtype, because every torch can draw random
+    # numbers in float32.
     _save_json({key: value for key, value in settings.items() if key != "torch_dtype"}, folder / "config.json")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:  # the rope_scaling of Llama 3.1 in transformers 4.42 or older, Qwen3 in 4.50
         least = "4.51" if settings["model_type"] == "qwen3" else "4.43"
         raise UserError(
-            f"transformers {transformers.__version__} is too old for this model, the real one included: "
-            f"pip install -U 'transformers>={least}'."
+            f"transformers {transformers.__version__} is too old for this model. Run: pip install -U "
+            f"'transformers>={least}'"
         ) from error
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random numbers unchanged
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.to(getattr(torch, settings["torch_dtype"])).save_pretrained(folder)
-    # these two again in our words, so that no library version stands in them
+    # Both files again, without the version of the library.
     _save_json(settings, folder / "config.json")
     _save_json({k: v for k, v in settings.items() if k.endswith("_token_id")}, folder / "generation_config.json")
 

@@ -108,7 +108,7 @@ def test_page(name, folder, warm):
 
 
 def check_download(page, folder, said):
-    assert said == f"Stand-in model saved in {page.model_dir}\n"
+    assert said == f"Tiny model saved in {page.model_dir}\n"
     files = {path.name for path in (folder / page.model_dir).iterdir()}
     assert files >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 

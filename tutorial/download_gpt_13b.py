@@ -4,7 +4,7 @@
     python tutorial/download_gpt_13b.py --tiny
 
 It is open to everybody, no token is needed; its .bin files become safetensors. An interrupted download
-goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with, offline.
+resumes where it stopped. With --tiny, a tiny model with random weights is written to rehearse, offline.
 """
 
 import sys

@@ -6,7 +6,7 @@
 
 It is gated: accept its licence at https://huggingface.co/meta-llama/Llama-2-13b-hf first, and make a token at
 https://huggingface.co/settings/tokens; `hf auth login` asks for it, and --token YOUR_TOKEN gives it without a login. An
-interrupted download goes on where it stopped. With --tiny, a stand-in with random weights is written to rehearse with,
+interrupted download resumes where it stopped. With --tiny, a tiny model with random weights is written to rehearse,
 offline.
 """
 

@@ -3,8 +3,8 @@
     python tutorial/download_qwen3.py
     python tutorial/download_qwen3.py --tiny
 
-It needs no token. An interrupted download goes on where it stopped. With --tiny, a stand-in with random weights is
-written to rehearse with, offline.
+It needs no token. An interrupted download resumes where it stopped. With --tiny, a tiny model with random weights is
+written to rehearse, offline.
 """
 
 import sys

@@ -53,7 +53,7 @@ def main():
 
 
 def is_complete(save_dir: str) -> bool:
-    """Whether a real model is in `save_dir`; a stand-in, which is far smaller, is replaced."""
+    """Whether a real model is in `save_dir`; a tiny model is replaced."""
     try:
         check_weights(save_dir)
     except UserError:
