@@ -232,10 +232,10 @@ def _read_parquet(path: Path) -> Iterator[Tuple[str, dict]]:
                 number += 1
                 [row] = batch.slice(start, 1).to_pylist()
                 yield f"row {number}", row
-    # It is no .parquet file, or it has text that is not UTF-8, or a year that Python does not have.
+    # It is another file or damaged, or it has text that is not UTF-8, or a year that Python does not have.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         place = f"{path}, row {number}" if number else path
-        raise UserError(f"{place} can't be read as .parquet: {first_line(error).rstrip('.')}. Save it again.") from None
+        raise UserError(f"{place} is not valid .parquet: {first_line(error).rstrip('.')}. Save it again.") from None
 
 
 READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

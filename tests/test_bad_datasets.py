@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,13 +96,13 @@ def test_csv_without_the_columns(prepare_refuses):
 def test_broken_parquet(prepare_refuses):
     whole = parquet(rows_of("train"))
     for number, data in enumerate((whole[:-100], whole[100:], b"no table", b"")):
-        prepare_refuses(f"mine{number}.parquet", data, [f"mine{number}.parquet", "not a valid .parquet"])
+        prepare_refuses(f"mine{number}.parquet", data, [f"mine{number}.parquet", "not valid .parquet"])
 
 
 def test_parquet_damaged_within(prepare_refuses):
     whole = bytearray(parquet(rows_of("train")))
     whole[200:20_000] = bytes(19_800)  # the table of contents, at the end, is whole
-    prepare_refuses("mine.parquet", bytes(whole), ["mine.parquet", "not a valid .parquet"])
+    prepare_refuses("mine.parquet", bytes(whole), ["mine.parquet", "not valid .parquet"])
 
 
 def test_data_in_another_encoding(prepare_refuses):
@@ -111,7 +112,7 @@ def test_data_in_another_encoding(prepare_refuses):
 
 def test_folder_without_a_train_file(prepare_refuses, ready, refused):
     (ready / "mine").mkdir()
-    refused(PREPARE, "--dataset-name-or-path", "mine", tells_of=["mine", "no train.jsonl", "nothing"])
+    refused(PREPARE, "--dataset-name-or-path", "mine", tells_of=["mine", "no train.jsonl", "it has: none"])
     (ready / "mine" / "data.jsonl").write_text(LINE)
     refused(PREPARE, "--dataset-name-or-path", "mine", tells_of=["mine", "no train.jsonl", "data.jsonl"])
 
@@ -120,12 +121,12 @@ def test_folder_with_two_train_files(ready, refused):
     (ready / "mine").mkdir()
     (ready / "mine" / "train.jsonl").write_text(LINE)
     (ready / "mine" / "train.csv").write_text("article,highlights\r\na,b\r\n")
-    refused(PREPARE, "--dataset-name-or-path", "mine", tells_of=["train.csv and train.jsonl"])
+    refused(PREPARE, "--dataset-name-or-path", "mine", tells_of=["train.csv, train.jsonl"])
 
 
 @pytest.mark.parametrize("name", ["./none.jsonl", "./none", "/none/such"])
 def test_no_such_data(name, refused):
-    refused(PREPARE, "--dataset-name-or-path", name, tells_of=[name, "does not exist", ".jsonl, .json, .csv"])
+    refused(PREPARE, "--dataset-name-or-path", name, tells_of=[f"{Path(name)} does not exist", ".jsonl, .json, .csv"])
 
 
 def test_data_of_another_kind(prepare_refuses):
