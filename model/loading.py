@@ -22,7 +22,6 @@ from common.support.files import atomic_write, require_disk_space, weights_finge
 from common.support.model_dir import RUN, ModelSource
 from model.adapters import add_lora, go_on_with, load_adapter, save_adapter
 from model.loss import CausalLMLoss
-from model.on_paper import enable_checkpointing
 from model.quantization import keep_trainable, tell_what_is_not_in_bits
 from model.reading import DTYPE, from_files
 from model.result import check_saved, complete_config, save_tokenizer, weights_to_save
@@ -85,6 +84,12 @@ def _with_adapter(base: nn.Module, directory: str, args) -> nn.Module:
     require_disk_space(sum(weight.numel() * weight.element_size() for weight in trained), args.save_dir, "The adapter")
     distributed.broadcast_parameters(trained)
     return model
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Turn gradient checkpointing on for each decoder layer, in the form that works above frozen embeddings."""
+    # transformers renamed it in 5.x
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def load_model(

@@ -27,10 +27,10 @@ from common.trainer import train
 from dataset.prepare import prepare_dataset
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
-from model.fit import TrainingPlan
 from model.generation import answer_ids
 from model.loading import load_for_training, load_model, save_model
 from model.loss import CausalLMLoss
+from model.memory_plan import TrainingPlan
 from model.tiny import write_tiny
 from tests.conftest import ROOT
 from tests.helpers import answer_start, needs_bitsandbytes, needs_float16, quantizes

@@ -13,8 +13,8 @@ from common.device import Device
 from common.trainer import train
 from model import loss as loss_file
 from model.adapters import add_lora
-from model.fit import TrainingPlan
 from model.loss import CausalLMLoss, has_plain_head
+from model.memory_plan import TrainingPlan
 from model.tiny import write_tiny
 from tests.helpers import answer_start, first_fast, split_of
 
