@@ -26,7 +26,6 @@ from model.lora import (
     require_bitsandbytes,
 )
 from model.loss import CausalLMLoss
-from model.on_paper import enable_checkpointing
 from model.weight_format import (
     DTYPE,
     RECOMPUTED_BUFFERS,
@@ -79,6 +78,13 @@ def load_for_training(args, plan, device: Device) -> CausalLMLoss:
     if plan.gradient_checkpointing:
         enable_checkpointing(module.network)
     return module
+
+
+def enable_checkpointing(model: nn.Module) -> None:
+    """Recompute the activations of each decoder layer in the backward pass, also around frozen embeddings."""
+    # transformers renamed this method in version 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _with_adapter(model: nn.Module, source: ModelSource, args) -> nn.Module:

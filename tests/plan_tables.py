@@ -1,4 +1,4 @@
-"""The figures of memory and disk in the README and the pages, printed from the plan (model/plan.py).
+"""The figures of memory and disk in the README and the pages, printed from the plan (model/memory_plan.py).
 
     python tests/plan_tables.py            print each place of a page that differs from the plan
     python tests/plan_tables.py --write    write them into the pages
@@ -9,8 +9,7 @@ A page says by a marker what stands there, up to the next `<!-- /plan -->`:
     <!-- plan: disk llama2 -->             the table of its disk; of all models without a name
     <!-- plan: llama2 full peak -->        one figure: a part of PARTS by a method of METHODS. `full 8`: on 8 GPUs
 
-On one GPU, 4096 tokens at once, in rows as long as the tutorial's block; SmolLM2 on a CPU, 1024 tokens at once.
-tests/test_pages.py compares. It takes a minute, and needs torch 2.2 or newer.
+On one GPU, micro-batches of 4096 tokens; SmolLM2 on a CPU, micro-batches of 1024 tokens. tests/test_pages.py compares.
 """
 
 from __future__ import annotations
@@ -26,9 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from model.counts import Way, can_count
-from model.plan import Plan, plan
-from model.tutorials import TUTORIALS
+from model.memory_plan import MemoryPlan, TrainingSetup, predict
+from model.tutorials import TUTORIALS, shape_of
 
 KINDS = {tutorial.kind: tutorial for tutorial in TUTORIALS}
 METHODS = {"full": "전체 가중치", "lora": "LoRA", "lora_4bit": "4비트 + LoRA"}
@@ -46,15 +44,15 @@ PARTS = {
 
 
 @lru_cache(maxsize=None)
-def plans(kind: str, method: str, gpus: int = 1) -> Tuple[Plan, Plan]:
+def plans(kind: str, method: str, gpus: int = 1) -> Tuple[MemoryPlan, MemoryPlan]:
     """Without gradient checkpointing, and with it."""
     tokens, device = (1024, "cpu") if kind == "smollm2" else (4096, "cuda")
-    way = Way(method, False, tokens, KINDS[kind].block_size, torch.bfloat16, device, gpus)
-    off, on = (plan(KINDS[kind].config, way._replace(checkpointing=switch)) for switch in (False, True))
+    setup = TrainingSetup(method, False, tokens, torch.bfloat16, device, gpus)
+    off, on = (predict(shape_of(KINDS[kind]), setup._replace(checkpointing=switch)) for switch in (False, True))
     return off, on
 
 
-def between(planned: Plan) -> float:
+def between(planned: MemoryPlan) -> float:
     """Bytes of a micro-batch, whatever they are for."""
     return planned.activations + planned.logits + planned.workspace
 
@@ -149,8 +147,6 @@ def differences() -> List[str]:
 
 
 def main() -> None:
-    if not can_count():
-        sys.exit(f"error: the plan needs torch 2.2 or newer, and {torch.__version__} is installed")
     different = differences()
     print("\n".join(different) or "The pages have the figures of the plan.")
     if sys.argv[1:] == ["--write"]:

@@ -27,10 +27,10 @@ from common.trainer import train
 from dataset.prepare import prepare_dataset
 from dataset.sources import load_splits
 from dataset.templates import korean_alpaca
-from model.fit import TrainingPlan
 from model.generate import generate_answers
 from model.load import load_for_training, load_model
 from model.loss import CausalLMLoss
+from model.memory_plan import TrainingPlan
 from model.save import save_model
 from model.tiny import write_tiny
 from tests.conftest import ROOT

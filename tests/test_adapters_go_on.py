@@ -138,17 +138,17 @@ def test_an_adapter_of_plain_peft_goes_on(work, warm):
 def test_a_base_in_4_bit_stays_in_4_bit(work, warm):
     warm(f"{TRAIN} {OWN} --load-in-4bit --max-train-steps 3 --save-dir ./adapter", cwd=work)
     said = warm(f"{TRAIN} {GO_ON} --save-dir ./further", cwd=work).stdout
-    assert "Plan: LoRA on 4 bit" in said
+    assert "Memory plan: LoRA on a 4-bit base" in said
     assert held_out(work / "further")[0] == held_out(work / "adapter")[-1]
     said = warm(f"{TRAIN} {GO_ON} --no-quantization --save-dir ./whole", cwd=work).stdout
-    assert "Plan: LoRA, " in said
+    assert "Memory plan: LoRA, " in said
     assert held_out(work / "whole")[0] != held_out(work / "adapter")[-1]
     # and a script whose own base is in 4 bit takes the adapter's 16 bit
     shutil.rmtree(work / "adapter")
     warm(f"{TRAIN} {OWN} --max-train-steps 3 --save-dir ./adapter", cwd=work)
     words = f"{GO_ON} --dataset-name-or-path ./llama3_dataset.pt --save-dir ./korean --restart"
     said = warm(TRAIN.replace("llama3.py", "llama3_1.py"), *words.split(), cwd=work).stdout
-    assert "Plan: LoRA, " in said and held_out(work / "korean")[0] == held_out(work / "adapter")[-1]
+    assert "Memory plan: LoRA, " in said and held_out(work / "korean")[0] == held_out(work / "adapter")[-1]
 
 
 @pytest.mark.slow

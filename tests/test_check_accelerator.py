@@ -18,9 +18,8 @@ import pytest
 import torch
 
 from common.support.hub import ask_hub
-from model.counts import can_count
 from model.tutorials import TUTORIALS as ALL
-from model.tutorials import Machine, way_to_run
+from model.tutorials import Machine, recommend
 from tests.conftest import FOLDERS, NOWHERE, ROOT, TIMEOUT, lay_out, run
 from tests.helpers import HAS_LLAMA3_1, HAS_QWEN3, first_fast, tells
 from tests.hub_server import HubServer
@@ -32,10 +31,10 @@ METHODS = ["rehearsal", "lora_4bit", "lora", "full"]  # from the least to the be
 OPTIONS = {"full": "", "lora": "--use-lora", "lora_4bit": "--use-lora --load-in-4bit"}
 
 
-def row_of(name, platform, memory, devices=1, disk_free=1e12, rate=None):
+def row_of(name, platform, memory, devices=1, disk_free=1e12):
     """What --json says of a tutorial; memory in GB."""
     dtype = torch.float32 if platform == "CPU" else torch.bfloat16
-    return way_to_run(TUTORIALS[name], Machine(platform, 1e9 * memory, dtype, devices, rate), disk_free)
+    return recommend(TUTORIALS[name], Machine(platform, 1e9 * memory, dtype, devices), disk_free)
 
 
 def method_of(name, platform, memory, devices=1):
@@ -45,7 +44,8 @@ def method_of(name, platform, memory, devices=1):
     runner = f"torchrun --nproc-per-node {devices}" if row["devices"] > 1 else "python"
     assert start == f"{runner} tutorial/train_{TUTORIALS[name].kind}"
     if row["method"] != "rehearsal":
-        korean, qwen3 = {"lora": "--no-quantization", "lora_4bit": ""}, {"lora": "", "lora_4bit": "--load-in-4bit"}
+        korean = {"full": "--no-use-lora --no-quantization", "lora": "--no-quantization", "lora_4bit": ""}
+        qwen3 = {"full": "--no-use-lora", "lora": "", "lora_4bit": "--load-in-4bit"}
         assert options.strip() == {"Llama 3.1 8B": korean, "Qwen3 4B": qwen3}.get(name, OPTIONS)[row["method"]]
         assert 0 < row["memory"] <= 0.95e9 * memory
     return row["method"]
@@ -294,18 +294,16 @@ PLANS = {  # GB of a device
     ("ROCm", 25.3, 1): {"Qwen3 4B": "lora", "Mistral 7B": "lora", "Llama2 13B": "lora_4bit", "Llama3 70B": "rehearsal"},
     ("CUDA", 85.0, 1): {"Mistral 7B": "lora", "Llama2 13B": "lora", "Llama3 70B": "lora_4bit"},
     ("CUDA", 150.0, 1): {"Mistral 7B": "full", "Llama3 8B": "lora"},
-    ("CUDA", 85.0, 8): {"Mistral 7B": "full", "Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "lora_4bit"},
+    ("CUDA", 85.0, 8): {"Mistral 7B": "full", "Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "full"},
     ("CUDA", 25.3, 8): {"Mistral 7B": "full", "Llama2 13B": "lora"},
-    ("MoAI", 549.8, 1): {"Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "lora"},
+    ("MoAI", 549.8, 1): {"Llama2 13B": "full", "Llama3 70B": "lora", "Llama 3.1 8B": "full"},
     ("MoAI", 68.7, 1): {"Mistral 7B": "lora"},
     ("CPU", 16.0, 1): {"SmolLM2 135M": "full", "Mistral 7B": "rehearsal"},
     ("CPU", 1000.0, 1): {"Mistral 7B": "rehearsal", "Llama 3.1 8B": "rehearsal"},
     ("CPU", 2.0, 1): {"SmolLM2 135M": "rehearsal"},
 }
-counted = pytest.mark.skipif(not can_count(), reason="torch before 2.2 plans by a rule of thumb")
 
 
-@counted
 @pytest.mark.parametrize("platform, memory, devices", first_fast(1, PLANS))
 def test_best_method(platform, memory, devices):
     expected = PLANS[platform, memory, devices]
@@ -321,9 +319,7 @@ def test_more_memory_is_never_worse(name, platform):
         method = method_of(name, platform, memory)
         assert METHODS.index(method) >= best
         best = METHODS.index(method)
-    small, lora = name == "SmolLM2 135M", {"Llama 3.1 8B": "lora_4bit", "Qwen3 4B": "lora"}
-    bests = {"CPU": "full" if small else "rehearsal", "MoAI": "lora" if name in lora else "full"}
-    assert METHODS[best] == bests.get(platform, lora.get(name, "full"))
+    assert METHODS[best] == ("rehearsal" if platform == "CPU" and name != "SmolLM2 135M" else "full")
 
 
 def test_disk():
@@ -336,27 +332,21 @@ def test_disk():
     assert row_of("Mistral 7B", "CPU", 16.0, disk_free=1e9)["disk_enough"]  # a stand-in is small
 
 
-def test_hours():
-    assert row_of("Mistral 7B", "CUDA", 85.0)["seconds"] is None
-    one, two = (row_of("Mistral 7B", "CUDA", 85.0, rate=rate)["seconds"] for rate in (1e14, 2e14))
-    assert one == pytest.approx(2 * two)
-    # 4 operations a token and parameter without gradients of the weights, at 40 % of the rate
-    assert one == pytest.approx(4 * 7.28e9 * 2 * 18_612 * 256 / 0.4e14, rel=0.01)
-    assert row_of("Llama2 13B", "CUDA", 85.0, devices=8, rate=1e14)["seconds"] < 1e6
-
-
 # ------------------------------------------------------------------------------------------------ machines asked for
 
 
 @pytest.mark.slow
 def test_a_machine_that_is_not_here(folder, warm):
-    words = "--devices 8 --device-memory 80 --device-tflops 300"
+    words = "--devices 8 --device-memory 80"
     found = json.loads(warm(COMMAND, *words.split(), "--json", cwd=folder).stdout)
     assert [device["memory_total"] for device in found["devices"]] == [80_000_000_000] * 8
-    assert (found["platform"], found["precision"], found["rate"]) == ("CUDA", "bfloat16", 3e14)
+    assert (found["platform"], found["precision"]) == ("CUDA", "bfloat16")
+    assert found["rate"] is None and found["disk_free"] is None and {*found["versions"].values()} == {None}
     llama2 = found["tutorials"][1]
-    assert (llama2["method"], llama2["devices"]) == ("full", 8) and llama2["seconds"] > 3600
+    assert (llama2["method"], llama2["devices"], llama2["disk_enough"]) == ("full", 8, None)
     assert llama2["commands"][-1] == "torchrun --nproc-per-node 8 tutorial/train_llama2.py"
+    shown = warm(COMMAND, *words.split(), cwd=folder).stdout
+    assert "Llama2 13B" in shown and not any(name in shown for name in ("Packages", "Free disk", "Note"))
 
 
 def test_a_model_of_ones_own(folder, warm):
@@ -377,13 +367,12 @@ def test_a_model_of_ones_own(folder, warm):
         ("--device-memory -3", "--device-memory"),
         ("--device-memory nan", "--device-memory"),
         ("--device-memory many", "--device-memory"),
-        ("--device-tflops 0", "--device-tflops"),
         ("--devices 8", "--device-memory 80"),
         ("--model-name-or-path llama9", "llama2, llama3, llama3_70b, mistral, gpt, llama3_1, qwen3"),
         ("--model-name-or-path ./empty", "./empty has no config.json"),
         ("--model-name-or-path ./damaged", "damaged"),
         ("--model-name-or-path ./unheard", "unheard"),
-        pytest.param("--model-name-or-path ./impossible", "impossible", marks=counted),
+        ("--model-name-or-path ./impossible", "transformers"),
     ],
 )
 def test_bad_input(words, said, folder, warm):

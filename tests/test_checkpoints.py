@@ -21,7 +21,7 @@ from common.device import Device
 from common.optim import make_optimizer
 from common.support.exit import StopRequest, UserError
 from common.support.files import Lock
-from model.fit import plan_training
+from model.memory_plan import plan_memory
 from tests.conftest import ROOT, TIMEOUT, start
 from tests.cuts import (
     KINDS,
@@ -389,7 +389,7 @@ def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens):
     before = {"micro_batch_tokens": 96, "gradient_checkpointing": False}
     resume = Checkpoint(Path("checkpoint-1"), {"state": before, "options": {"micro_batch_tokens": 384}})
     args = argparse.Namespace(**{**OPTIONS, "micro_batch_tokens": given})
-    assert plan_training(args, device, resume).micro_batch_tokens == tokens
+    assert plan_memory(args, device, {}, resume).micro_batch_tokens == tokens
 
 
 OPTIONS = {

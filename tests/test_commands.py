@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from model.counts import can_count
+from common.support.compat import has_fused_attention
 from tests.conftest import ROOT, run
 from tests.helpers import HAS_QWEN3, STEP, adapter_weights, first_fast, quantizes, records, steps_in
 from tests.hub_server import HubServer
@@ -126,9 +126,9 @@ def check_dataset(page, folder, said):
 
 
 def check_what_train_says(page, said):
-    plans = [line.startswith("Plan: ") for line in said.splitlines()]
-    assert plans[:4] == [False, True, True, False] and sum(plans) == 3 or not can_count()
-    lines = [line for line in said.splitlines() if not line.startswith("Plan: ")]
+    plans = [line.startswith("Memory plan: ") for line in said.splitlines()]
+    assert plans[:4] == [False, True, True, False] and sum(plans) == 3 or not has_fused_attention()
+    lines = [line for line in said.splitlines() if not line.startswith("Memory plan: ")]
     assert lines.pop(0).startswith("Device: ")
     if page.adapter:
         assert re.match(r"LoRA: [\d,]+ trainable parameters, r=16, on down_proj, gate_proj, k_proj,", lines.pop(0))

@@ -12,9 +12,9 @@ from common.batches import IGNORE_INDEX, Batches
 from common.device import Device
 from common.trainer import train
 from model import loss as loss_file
-from model.fit import TrainingPlan
 from model.lora import add_lora
 from model.loss import CausalLMLoss, has_plain_head
+from model.memory_plan import TrainingPlan
 from model.tiny import write_tiny
 from tests.helpers import answer_start, first_fast, split_of
 

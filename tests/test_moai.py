@@ -53,7 +53,7 @@ def test_moai_platform(ready, tmp_path):
     # the 16 held-out rows are no multiple of the batch, and the rows of 128 tokens are shorter than the block
     words = "--batch-size 6 --block-size 160 --epochs 1 --max-train-steps 3 --eval-step 1"
     said = run(f"python tutorial/train_llama3.py {words}", cwd=ready, env=env).stdout
-    assert "Plan:" not in said  # the platform splits a model by itself
+    assert "Memory plan:" not in said  # the platform splits a model by itself
     events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     assert [event[0] for event in events].count("parallel") == 1
     assert events[0] == ["parallel"]

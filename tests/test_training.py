@@ -21,9 +21,9 @@ from common.device import Device, start_device
 from common.optim import learning_rate, make_optimizer
 from common.support.exit import UserError
 from common.trainer import train
-from model.fit import TrainingPlan
 from model.load import load_for_training, load_model
 from model.loss import CausalLMLoss
+from model.memory_plan import TrainingPlan
 from model.save import save_model
 from model.tiny import write_tiny
 from tests.test_loss import a_split, padded, row_lengths

@@ -5,18 +5,18 @@
     python tutorial/check_accelerator.py --model-name-or-path ./my-model
     python tutorial/check_accelerator.py --json
 
-No model, data or account has to be there. --device-memory asks for GPUs that you think of renting, in place of those of
-this machine; --model-name-or-path for a model of your own. With --json one object is printed; sizes are bytes, and null
-is "not known":
+No model, data or account is needed. --device-memory asks about GPUs that you think of renting instead of this machine,
+--model-name-or-path about a model of your own. --json prints one object; sizes are bytes, and null is "not known":
 
     platform   "MoAI", "CUDA", "ROCm" or "CPU";   precision  of matrix products: "bfloat16", "float16" or "float32"
     devices    [{"name", "memory_used", "memory_total", "utilization": percent}]
     rate       of large matrix products on one device, operations a second
-    versions   {"python", "torch", ...}, null where not installed;   disk_free  in the working directory
+    versions   {"python", "torch", ...}, null where not installed;   disk_free  in the working directory; both are of
+               this machine, and null with --device-memory
     hub        {"endpoint", "reachable": true or false, "token": "none", "accepted", "refused" or "not verified"}
     tutorials  [{"name", "method": "full", "lora", "lora_4bit" or "rehearsal", "devices" that it uses, "memory" of each
                and "disk" that it needs, "least": memory of a device by each method, "disk_enough": true or false,
-               "seconds" of the training, roughly, "commands": to download, prepare and train}]
+               "commands": to download, prepare and train}]
 """
 
 from __future__ import annotations
@@ -52,10 +52,8 @@ def main():
     add = parser.add_argument
     add("--devices", type=positive_int, help="GPUs to ask for (default: those of this machine)")
     add("--device-memory", type=positive_float, metavar="GB", help="memory of each (default: that of this machine's)")
-    rate = "10^12 operations a second of its 16 bit matrix products (default: measured on this machine)"
-    add("--device-tflops", type=positive_float, metavar="TFLOPS", help=rate)
-    add("--model-name-or-path", help="directory of a model to plan, in place of the tutorials")
-    add("--json", action="store_true", help="one JSON object for programs, in place of the tables")
+    add("--model-name-or-path", help="directory of a model to plan instead of the tutorials")
+    add("--json", action="store_true", help="print one JSON object for programs instead of the tables")
     args = parser.parse_args()
     if args.devices and not args.device_memory:
         parser.error("--devices without --device-memory: say how many GB each has, as --device-memory 80")
@@ -72,39 +70,45 @@ def main():
 def look(device, args) -> dict:
     """What --json prints."""
     import torch
-    from tqdm import tqdm
 
     from common.support.hub import ask_hub
-    from model.tutorials import TUTORIALS, Machine, own_model, way_to_run
+    from model.tutorials import TUTORIALS, Machine, recommend, tutorial_for_model
 
-    seen, disk_free = devices_of(device), shutil.disk_usage(".").free
-    platform, dtype = platform_of(device), device.dtype
-    rate = 1e12 * args.device_tflops if args.device_tflops else None
-    if args.device_memory:  # GPUs that are not here
-        size, platform, dtype = int(1e9 * args.device_memory), "CUDA", torch.bfloat16
-        asked = {"name": "GPU", "memory_used": None, "memory_total": size, "utilization": None}
-        seen = [asked] * (args.devices or 1)
-    elif rate is None:
+    if args.device_memory:  # another machine, of which nothing else is known
+        machine = Machine("CUDA", int(1e9 * args.device_memory), torch.bfloat16, args.devices or 1)
+        devices = [_facts("GPU", None, machine.memory, None)] * machine.devices
+        rate = disk_free = None
+        versions = {}
+    else:
+        devices = devices_of(device)
+        platform = platform_of(device)
+        # MoAI shows all its GPUs as one. Where a size is not known, everything fits.
+        memory = min(float("inf") if found["memory_total"] is None else found["memory_total"] for found in devices)
+        count = len(devices) if platform in ("CUDA", "ROCm") else 1
+        machine = Machine(platform, memory, device.dtype, count)
         rate = rate_of(device)
-    # MoAI shows all its GPUs as one; where a size is not known, think the best
-    memory = min(float("inf") if device["memory_total"] is None else device["memory_total"] for device in seen)
-    machine = Machine(platform, memory, dtype, len(seen) if platform in ("CUDA", "ROCm") else 1, rate)
-    versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    asked = [own_model(args.model_name_or_path)] if args.model_name_or_path else TUTORIALS
-    rows = tqdm(asked, desc="Planning", leave=False, disable=None)  # it takes some seconds; into a file no bar
+        disk_free = shutil.disk_usage(".").free
+        versions = installed_versions()
+    tutorials = [tutorial_for_model(args.model_name_or_path)] if args.model_name_or_path else TUTORIALS
     return {
         "platform": machine.platform,
         "precision": str(machine.dtype).replace("torch.", ""),
-        "devices": seen,
+        "devices": devices,
         "rate": rate,
         "versions": {name: versions.get(name) for name in ("python", *PACKAGES)},
         "disk_free": disk_free,
         "hub": ask_hub(HUB_TIMEOUT),
-        "tutorials": [way_to_run(tutorial, machine, disk_free) for tutorial in rows],
+        "tutorials": [recommend(tutorial, machine, disk_free) for tutorial in tutorials],
     }
+
+
+def installed_versions() -> dict:
+    """The versions of Python and of the packages that are installed."""
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def devices_of(device) -> list:
@@ -170,7 +174,7 @@ def rate_of(device) -> Optional[float]:
 
 
 def show(found: dict) -> None:
-    """The tables. rich wraps long cells and knows how wide Korean letters are; into a pipe it writes plain text."""
+    """Print the tables. rich wraps long cells, knows how wide Korean letters are, and writes plain text into a pipe."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -191,45 +195,52 @@ def show(found: dict) -> None:
         devices.add_row(f"{number}: {row['name']}", gb(row["memory_used"]), gb(row["memory_total"]), percent)
     console.print(devices)
 
-    hub, facts = found["hub"], Table(box=None, show_header=False, pad_edge=False)
+    hub = found["hub"]
+    this_machine = found["disk_free"] is not None
+    facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_row("Platform", f"{found['platform']}, {found['precision']}")
-    facts.add_row("Packages", ", ".join(f"{name} {which or '(none)'}" for name, which in found["versions"].items()))
-    facts.add_row("Free disk", f"{gb(found['disk_free'])} in this directory")
+    if this_machine:
+        facts.add_row("Packages", ", ".join(f"{name} {which or '(none)'}" for name, which in found["versions"].items()))
+        facts.add_row("Free disk", f"{gb(found['disk_free'])} in this directory")
     answer = "answers" if hub["reachable"] else "does not answer (--tiny rehearses without it)"
     facts.add_row("Model hub", f"{hub['endpoint'] or 'huggingface_hub (none)'} {answer}")
     facts.add_row("Token", TOKENS[hub["token"]])
     facts.add_row("Monitor", f"{MONITORS[found['platform']]}, in a second terminal while a training runs")
-    for note in notes(found):
+    for note in notes(found) if this_machine else []:
         facts.add_row("Note", note, style="yellow")
     console.print()
     console.print(facts)
 
     tutorials = table("Model", *METHODS.values(), "disk")
-    tutorials.add_column("the best that fits")
-    tutorials.add_column("hours", justify="right")
+    tutorials.add_column("best method that fits")
     for row in found["tutorials"]:
-        real, several = row["method"] in METHODS, f"{row['devices']} devices, " * (row["devices"] > 1)
-        how = f"{several}{METHODS[row['method']]}, {row['memory'] / 1e9:.0f} GB" if real else "rehearsal"
-        least = ["-" if size is None else f"{size / 1e9:.0f}" for size in row["least"].values()]
-        hours = "-" if row["seconds"] is None else f"{max(0.1, row['seconds'] / 3600):,.1f}"
+        best = "rehearsal"
+        if row["method"] in METHODS:
+            best = f"{METHODS[row['method']]}, {row['memory'] / 1e9:.0f} GB"
+            if row["devices"] > 1:
+                best = f"{row['devices']} devices, {best}"
+        least = [f"{size / 1e9:.0f}" for size in row["least"].values()]
         disk = f"{row['disk'] / 1e9:.2g}" if row["disk"] < 1e10 else f"{row['disk'] / 1e9:.0f}"
-        tutorials.add_row(row["name"], *least, disk, how, hours, style="green" if real else None)
-    console.print("\nGB on each device at least, GB of disk for model, checkpoints and result, hours roughly:\n")
+        tutorials.add_row(row["name"], *least, disk, best, style="green" if row["method"] in METHODS else None)
+    console.print("\nMinimum memory of each device (GB), and disk for model, checkpoints and result (GB):\n")
     console.print(tutorials)
 
     real = [row["commands"][-1] for row in found["tutorials"] if row["method"] in METHODS]
     rehearsal = next((row for row in found["tutorials"] if row["method"] not in METHODS), None)
-    lines = ["", "Train, after download_* and prepare_* of the same tutorial:"] * bool(real)
-    lines += [f"  {command}" for command in real]
+    lines = []
+    if real:
+        lines += ["", "Train, after download_* and prepare_* of the same tutorial:"]
+        lines += [f"  {command}" for command in real]
     if rehearsal:
-        lines += ["", f"Rehearse with random weights, as {rehearsal['name']} here (--json has the others):"]
+        lines += ["", f"Rehearse with a tiny random model, here {rehearsal['name']} (--json lists the others):"]
         lines += [f"  {command}" for command in rehearsal["commands"]]
     console.print("\n".join(lines), soft_wrap=True)  # they are to be pasted, so rich must not break them
 
 
 def notes(found: dict) -> list:
     """What may stand in the way."""
-    lines, first = [], found["devices"][0]
+    lines = []
+    first = found["devices"][0]
     tool = shutil.which("nvidia-smi") or shutil.which("rocm-smi")
     if found["platform"] == "CPU" and tool:
         lines.append(f"{tool} is here, but this torch sees no GPU: https://pytorch.org/get-started/locally/")

@@ -38,15 +38,15 @@ def main():
     from common.optim import make_optimizer
     from common.tokenization import load_tokenizer
     from common.trainer import train
-    from model.fit import plan_training
     from model.load import load_for_training
+    from model.memory_plan import plan_memory
     from model.save import save_model
 
     device = start_device(args.seed, args.deterministic)  # on MoAI Platform: with automatic parallelization
     resume = find_checkpoint(args)  # of an interrupted run, or None
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer, args.block_size, hint=PREPARE)
-    plan = plan_training(args, device, resume)  # micro-batches and gradient checkpointing that fit into the memory
+    plan = plan_memory(args, device, dataset, resume)  # micro-batches and gradient checkpointing that fit
     model = load_for_training(args, plan, device)  # all weights, or with --use-lora an adapter; with its loss
     optimizer = make_optimizer(model, args, device)
     summary = train(model, optimizer, dataset, args, plan, device, resume)

@@ -55,6 +55,13 @@ def gradient_scaler(device_type: str, enabled: bool):
     return torch.cuda.amp.GradScaler(enabled=enabled)
 
 
+def has_fused_attention() -> bool:
+    """Whether attention keeps no tensor of tokens x tokens: on a CPU since torch 2.2."""
+    import torch
+
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 2)
+
+
 def use_deterministic_algorithms() -> None:
     """Make torch choose algorithms that repeat their results. torch before 2.2 has none for attention's backward pass:
     there this warns."""
