@@ -1,7 +1,7 @@
 """What a model is asked, one question or each row of a file of prompts; and the file of the answers.
 
 A row of a file of prompts has the columns of the training data without the answer, or messages. Or it has a `prompt`,
-which is asked as --prompt is, and in a chat also a `system` text, if it likes.
+which is asked as --prompt is; in a chat it may have a `system` text as well.
 
     questions.jsonl   {"instruction": "..."}                                    yours; .json, .csv and .parquet too
     answers.jsonl     {"instruction": "...", "answer": "...", "ended": true}    a line for each answered row
