@@ -247,6 +247,7 @@ def korean(directory, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 @pytest.mark.parametrize("device", [BF16, FP16], ids=lambda a: str(a.dtype)[6:])
 def test_the_loss_of_an_adapter_on_a_4_bit_base_falls_on_the_korean_samples(device, directory, korean, tmp_path):

@@ -58,6 +58,7 @@ def test_download_without_a_hub(folder):
     assert contents(folder) == {}
 
 
+@pytest.mark.slow
 def test_data_of_the_hub(hub, ready, warm):
     """By the words of the page, version 3.0.0 of the news: the same rows as from the sample."""
     done = run(PREPARE, cwd=ready, env={"HF_ENDPOINT": hub.url})
@@ -72,6 +73,7 @@ def test_data_of_the_hub(hub, ready, warm):
     same_rows(of_hub, torch.load(ready / "llama3_dataset.pt"))
 
 
+@pytest.mark.slow
 def test_no_such_data_on_the_hub(hub, ready):
     before = contents(ready)
     done = run(PREPARE, "--dataset-name-or-path", "org/none", cwd=ready, env={"HF_ENDPOINT": hub.url}, ok=None)

@@ -88,6 +88,7 @@ def test_it_says_what_was_measured_and_what_is_known(name, results):
     assert str(results) not in text and str(results.parent) not in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_fast(1, ["adapter", "full", "merged"]))
 def test_its_code_runs_and_answers_as_ours_does(name, results, monkeypatch):
     monkeypatch.chdir(results)  # from where the adapter's base is found

@@ -106,6 +106,7 @@ def in_terminal(command, *typed, cwd):
     return shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", first_fast(1, [b"\n", b"  \n", b"\x04"]), ids=["empty line", "spaces", "Ctrl-D"])
 def test_a_conversation_goes_on_until_an_empty_line(end, memorized):
     """What was said before is part of the next question, as it was learned."""

@@ -146,6 +146,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @needs_bitsandbytes
 def test_states_in_8_bit_are_kept_in_8_bit(small, warm, never_cut):
     """In the file, and in the optimizer that goes on."""
@@ -306,6 +307,7 @@ def until(process, happened):
         printed.append(line.strip())
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_whole_process_group_twice(small, warm):
     """As `timeout` and the schedulers do; then the continued run goes on from the step that the line names."""
     words = f"{KINDS['full']} --max-train-steps 100000 --log-interval 1"
@@ -382,6 +384,7 @@ def test_a_checkpoint_before_the_optimizer_has_stepped_changes_nothing(tmp_path)
     assert all(torch.equal(one, two) for one, two in zip(*weights))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given, tokens", [(384, 96), (200, 200)])
 def test_micro_batches_that_had_to_become_smaller_stay_so(given, tokens):
     """The memory was too small for those of the option; given another number, that one is taken."""
@@ -580,6 +583,7 @@ def test_a_run_within_the_directory_of_another_one_leaves_its_scratch(small, war
     assert under_way.is_dir()
 
 
+@pytest.mark.slow
 def test_restart_keeps_the_old_checkpoints_until_the_first_new_one_is_whole(cut_copy, warm, never_cut):
     anew = f"{FULL} --seed 1 --save-total-limit 2"
     kept = contents(cut_copy / SAVED / "checkpoint-4"), contents(cut_copy / SAVED / "checkpoint-6")

@@ -105,6 +105,7 @@ def test_curves_are_those_of_the_log(reporter, small, warm, never_cut):
     assert len(before) == len(files(small, reporter)) == 1 and before != files(small, reporter)
 
 
+@pytest.mark.slow
 def test_a_training_that_was_killed_has_one_curve(small, warm):
     """Killed in step 6, it resumes from step 4, and reports what followed a second time."""
     pytest.importorskip("tensorboard")
@@ -155,6 +156,7 @@ def test_without_its_package(reporter, package, small, tmp_path):
     assert not (small / SAVED / reporter).exists()
 
 
+@pytest.mark.slow
 def test_wandb_without_an_account(small, tmp_path):
     """One line that says what to do, before the training."""
     pytest.importorskip("wandb")

@@ -163,6 +163,7 @@ def test_rows_are_held_out_where_there_is_no_validation_split(tmp_path):
         assert len(held_out) == min(rows // 20, HOLD_OUT_AT_MOST)
 
 
+@pytest.mark.slow
 def test_standard_library_holds_out_modules_without_twins():
     splits = standard_library_splits()
     train, held_out = splits["train"], splits["validation"]

@@ -269,6 +269,7 @@ def test_a_transfer_that_breaks_off_is_resumed(download, tmp_path):
         assert (tmp_path / "dir" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_connection_that_keeps_breaking(download, tmp_path):
     with HubServer({REPO: MODEL}) as hub:
         second = "model-00002-of-00002.safetensors"

@@ -190,6 +190,7 @@ def test_stopped_within_torch_save(number, folder, warm):
     interrupted(done.returncode, done.stderr, number)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed(ready):
     """The system sends SIGHUP, and nothing can be written any more."""
     ours, theirs = pty.openpty()

@@ -38,6 +38,7 @@ python tutorial/download_smollm2.py
 """
 
 
+@pytest.mark.slow
 def test_a_page_that_does_not_install_what_its_script_needs(tmp_path):
     """As the page of Llama 3.1 once did: the reader got a traceback, and the tests had gguf."""
     example = ROOT / "tutorial" / "example.md"

@@ -81,7 +81,7 @@ def models_of(text, stand_in):
     return repos, gated
 
 
-SHORT = ("README.md", "tutorial/your_own_data.md")  # the others take a minute or two each
+SHORT = ("README.md",)  # the others take a minute or two each
 
 
 @pytest.mark.parametrize(

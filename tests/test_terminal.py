@@ -50,6 +50,7 @@ def test_letters_that_the_terminal_lacks(encoding, ready, warm):
     assert f"[SUMMARIZE] {shown(LETTERS, encoding)} [/SUMMARIZE]" in done.stdout
 
 
+@pytest.mark.slow
 def test_letters_that_the_terminal_lacks_by_a_process_of_its_own(ready):
     """As Windows' console and Korean servers have it."""
     done = subprocess.run(
@@ -62,6 +63,7 @@ def test_letters_that_the_terminal_lacks_by_a_process_of_its_own(ready):
     assert f"[SUMMARIZE] {shown(LETTERS, 'cp949')} [/SUMMARIZE]" in done.stdout.decode("cp949")
 
 
+@pytest.mark.slow
 def test_answers_on_a_terminal_that_lacks_their_letters(ready, warm):
     rows = [json.dumps({"article": f"{LETTERS} {row}", "highlights": LETTERS}) for row in range(20)]
     (ready / "mine.jsonl").write_text("\n".join(rows))
@@ -98,6 +100,7 @@ def test_without_any_output(folder):
     assert subprocess.run(command, shell=True, cwd=folder, env=environment()).returncode == 2
 
 
+@pytest.mark.slow
 def test_log_lines_are_not_glued_to_the_progress_bar(ready):
     """In a terminal, where a carriage return goes back to the start of the line, and the next text covers the old."""
     words = "--batch-size 16 --max-train-steps 3 --log-interval 2 --eval-rows 4"
@@ -240,6 +243,7 @@ def test_head_has_read_enough(ready):
     assert (done.returncode, len(done.stdout), done.stderr) == (CLOSED_PIPE, 1, "")
 
 
+@pytest.mark.slow
 def test_a_training_whose_output_closes(ready):
     """It ends at its next line: no model, and a log of the lines that were read."""
     words = "--batch-size 8 --max-train-steps 100000 --log-interval 1 --eval-rows 0"

@@ -228,6 +228,7 @@ def hashes(folder):
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
+@pytest.mark.slow
 def test_same_seed_same_files_in_another_process(stand_ins, tmp_path):
     """Nothing may depend on the order of a set, on what was made before, or on the number of threads."""
     script = "import sys; from model.tiny import *; [write_tiny(k, sys.argv[1] + '/' + k) for k in sys.argv[2:]]"
