@@ -21,7 +21,7 @@ from common import distributed
 from common.batches import Batches
 from common.checkpoint import Checkpoint
 from common.device import Device, total_memory
-from common.support.compat import has_fused_attention
+from common.support.compat import has_fused_attention, meta_device
 from common.support.exit import UserError, short_message
 from common.support.model_dir import ModelSource
 from model.loss import chunk_of
@@ -264,10 +264,11 @@ def build_shape(config) -> ModelShape:
     config.__dict__.pop("quantization_config", None)  # quantized layers are no plain linear layers
     try:
         # The plan must not change the random numbers of the training.
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), meta_device():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.tie_weights()  # accelerate unties them
         return ModelShape(config, model)
-    except Exception as error:  # a config that fits no model fails in many ways, and so does torch before 2.0
+    except Exception as error:  # a config that fits no model fails in many ways
         raise CannotPlan(
             f"transformers can't build the {config.model_type} of config.json: {short_message(error)}"
         ) from None
