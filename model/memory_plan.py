@@ -21,7 +21,7 @@ from common import distributed
 from common.batches import Batches
 from common.checkpoint import Checkpoint
 from common.device import Device, total_memory
-from common.support.compat import has_fused_attention
+from common.support.compat import has_fused_attention, meta_device
 from common.support.exit import UserError, short_message
 from common.support.model_dir import ModelSource
 from model.loss import chunk_elements
@@ -50,15 +50,16 @@ class Overhead(NamedTuple):
     program: float  # bytes of Python and its libraries, or of a GPU's kernels
     unused: float  # what is lost between the tensors of a micro-batch, as a fraction of their bytes
     heap: float  # bytes that a CPU's allocator and oneDNN keep, at most
+    lengths: float  # the same, in addition, where rows have different lengths: oneDNN has a program for each shape
     quantized: float  # bytes that a quantized base is unpacked to
     quantized_parameter: float  # the same, for each quantized parameter
 
 
 OVERHEAD = {
-    ("cpu", torch.bfloat16): Overhead(0.45e9, 0.12, 0.40e9, 0.0, 0.32),  # measured
-    ("cpu", torch.float32): Overhead(0.45e9, 0.12, 0.35e9, 0.0, 0.32),  # measured
-    ("cuda", torch.bfloat16): Overhead(0.60e9, 0.05, 0.0, 0.1e9, 0.0),  # an estimate
-    ("cuda", torch.float16): Overhead(0.60e9, 0.05, 0.0, 0.1e9, 0.0),  # an estimate
+    ("cpu", torch.bfloat16): Overhead(0.45e9, 0.12, 0.40e9, 0.3e9, 0.0, 0.32),  # measured
+    ("cpu", torch.float32): Overhead(0.45e9, 0.12, 0.35e9, 0.0, 0.0, 0.32),  # measured
+    ("cuda", torch.bfloat16): Overhead(0.60e9, 0.05, 0.0, 0.0, 0.1e9, 0.0),  # an estimate
+    ("cuda", torch.float16): Overhead(0.60e9, 0.05, 0.0, 0.0, 0.1e9, 0.0),  # an estimate
 }
 
 
@@ -77,6 +78,7 @@ class TrainingSetup(NamedTuple):
     world_size: int = 1
     lora_r: int = 16
     lora_target_modules: Tuple[str, ...] = ("all-linear",)
+    one_length: bool = False  # whether all rows have the same length
 
     @property
     def full(self) -> bool:
@@ -262,10 +264,11 @@ def build_shape(config) -> ModelShape:
     config.__dict__.pop("quantization_config", None)  # quantized layers are no plain linear layers
     try:
         # The plan must not change the random numbers of the training.
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.random.fork_rng(devices=[]), meta_device():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model.tie_weights()  # accelerate unties them
         return ModelShape(config, model)
-    except Exception as error:  # a config that fits no model fails in many ways, and so does torch before 2.0
+    except Exception as error:  # a config that fits no model fails in many ways
         raise CannotPlan(
             f"transformers can't build the {config.model_type} of config.json: {short_message(error)}"
         ) from None
@@ -377,6 +380,8 @@ def predict(shape: ModelShape, setup: TrainingSetup) -> MemoryPlan:
     activations, logits, peak = micro_batch_bytes(shape, setup)
     workspace = peak - activations - logits + overhead.unused * peak
     heap = overhead.heap
+    if not setup.one_length:
+        heap += overhead.lengths
     if quantized:
         heap += overhead.quantized + overhead.quantized_parameter * linear
     workspace += min(heap, frozen + (8 + states) * trained + peak)  # a small model leaves little on the heap
@@ -424,7 +429,8 @@ def plan_memory(args, device: Device, dataset: dict, resume: Optional[Checkpoint
         return TrainingPlan(micro_batch_tokens, bool(checkpointing))
 
     memory = device_memory(device)
-    longest_row = int(dataset["train"]["lengths"].max())
+    lengths = dataset["train"]["lengths"]
+    longest_row = int(lengths.max())
     setup = TrainingSetup(
         method=_method(args),
         checkpointing=bool(checkpointing),
@@ -434,6 +440,7 @@ def plan_memory(args, device: Device, dataset: dict, resume: Optional[Checkpoint
         world_size=distributed.world_size(),
         lora_r=args.lora_r,
         lora_target_modules=tuple(args.lora_target_modules),
+        one_length=longest_row == int(lengths.min()),
     )
     choose_checkpointing = checkpointing is None and shape.has_checkpointing
     plan = first_that_fits(shape, cheaper_setups(setup, longest_row, tokens == 0, choose_checkpointing), memory)

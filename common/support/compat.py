@@ -62,6 +62,18 @@ def has_fused_attention() -> bool:
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 2)
 
 
+def meta_device():
+    """A context in which modules are built without memory for their weights; torch before 2.0 needs accelerate."""
+    import torch
+
+    device = torch.device("meta")
+    if hasattr(device, "__enter__"):
+        return device
+    from accelerate import init_empty_weights
+
+    return init_empty_weights()
+
+
 def use_deterministic_algorithms() -> None:
     """Make torch choose algorithms that repeat their results. torch before 2.2 has none for attention's backward pass:
     there this warns."""
