@@ -106,15 +106,6 @@ def test_tables_into_a_pipe(found, folder):
         assert f"  {command}" in lines
 
 
-@pytest.mark.slow
-def test_without_rich(folder, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['rich'] = None\n")
-    env = {"PYTHONPATH": str(tmp_path)}
-    done = run(COMMAND, cwd=folder, env=env, ok=None)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: rich is not installed: pip install -r requirements/requirements_gpt.txt\n"
-
-
 # ------------------------------------------------------------------------------------------------ the hub
 
 

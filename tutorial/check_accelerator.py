@@ -26,6 +26,8 @@ import io
 import json
 import shutil
 import sys
+import textwrap
+import unicodedata
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -174,67 +176,74 @@ def rate_of(device) -> Optional[float]:
 
 
 def show(found: dict) -> None:
-    """Print the tables. rich wraps long cells, knows how wide Korean letters are, and writes plain text into a pipe."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print the tables."""
     from model.tutorials import METHODS
 
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False, markup=False, emoji=False)
+    rows = []
+    for number, device in enumerate(found["devices"]):
+        percent = "-" if device["utilization"] is None else f"{device['utilization']:.0f} %"
+        rows.append([f"{number}: {device['name']}", gb(device["memory_used"]), gb(device["memory_total"]), percent])
+    print_table(["Device", "Memory used", "Memory total", "Utilization"], rows)
 
-    def table(first, *numbers):
-        new = Table(first, box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-        for name in numbers:
-            new.add_column(name, justify="right")
-        return new
-
-    devices = table("Device", "Memory used", "Memory total", "Utilization")
-    for number, row in enumerate(found["devices"]):
-        percent = "-" if row["utilization"] is None else f"{row['utilization']:.0f} %"
-        devices.add_row(f"{number}: {row['name']}", gb(row["memory_used"]), gb(row["memory_total"]), percent)
-    console.print(devices)
-
-    hub = found["hub"]
     this_machine = found["disk_free"] is not None
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_row("Platform", f"{found['platform']}, {found['precision']}")
+    facts = [("Platform", f"{found['platform']}, {found['precision']}")]
     if this_machine:
-        facts.add_row("Packages", ", ".join(f"{name} {which or '(none)'}" for name, which in found["versions"].items()))
-        facts.add_row("Free disk", f"{gb(found['disk_free'])} in this directory")
+        facts.append(
+            ("Packages", ", ".join(f"{name} {which or '(none)'}" for name, which in found["versions"].items()))
+        )
+        facts.append(("Free disk", f"{gb(found['disk_free'])} in this directory"))
+    hub = found["hub"]
     answer = "answers" if hub["reachable"] else "does not answer (--tiny rehearses without it)"
-    facts.add_row("Model hub", f"{hub['endpoint'] or 'huggingface_hub (none)'} {answer}")
-    facts.add_row("Token", TOKENS[hub["token"]])
-    facts.add_row("Monitor", f"{MONITORS[found['platform']]}, in a second terminal while a training runs")
+    facts.append(("Model hub", f"{hub['endpoint'] or 'huggingface_hub (none)'} {answer}"))
+    facts.append(("Token", TOKENS[hub["token"]]))
+    facts.append(("Monitor", f"{MONITORS[found['platform']]}, in a second terminal while a training runs"))
     for note in notes(found) if this_machine else []:
-        facts.add_row("Note", note, style="yellow")
-    console.print()
-    console.print(facts)
+        facts.append(("Note", note))
+    print()
+    for title, text in facts:
+        print(textwrap.fill(f"{title:<9}  {text}", 100, subsequent_indent=" " * 11, break_long_words=False))
 
-    tutorials = table("Model", *METHODS.values(), "disk")
-    tutorials.add_column("best method that fits")
-    for row in found["tutorials"]:
+    rows = []
+    for tutorial in found["tutorials"]:
         best = "rehearsal"
-        if row["method"] in METHODS:
-            best = f"{METHODS[row['method']]}, {row['memory'] / 1e9:.0f} GB"
-            if row["devices"] > 1:
-                best = f"{row['devices']} devices, {best}"
-        least = [f"{size / 1e9:.0f}" for size in row["least"].values()]
-        disk = f"{row['disk'] / 1e9:.2g}" if row["disk"] < 1e10 else f"{row['disk'] / 1e9:.0f}"
-        tutorials.add_row(row["name"], *least, disk, best, style="green" if row["method"] in METHODS else None)
-    console.print("\nMinimum memory of each device (GB), and disk for model, checkpoints and result (GB):\n")
-    console.print(tutorials)
+        if tutorial["method"] in METHODS:
+            best = f"{METHODS[tutorial['method']]}, {tutorial['memory'] / 1e9:.0f} GB"
+            if tutorial["devices"] > 1:
+                best = f"{tutorial['devices']} devices, {best}"
+        least = [f"{size / 1e9:.0f}" for size in tutorial["least"].values()]
+        disk = f"{tutorial['disk'] / 1e9:.2g}" if tutorial["disk"] < 1e10 else f"{tutorial['disk'] / 1e9:.0f}"
+        rows.append([tutorial["name"], *least, disk, best])
+    print("\nMinimum memory of each device (GB), and disk for model, checkpoints and result (GB):\n")
+    print_table(["Model", *METHODS.values(), "disk", "best method that fits"], rows, left=(0, len(METHODS) + 2))
 
     real = [row["commands"][-1] for row in found["tutorials"] if row["method"] in METHODS]
     rehearsal = next((row for row in found["tutorials"] if row["method"] not in METHODS), None)
-    lines = []
     if real:
-        lines += ["", "Train, after download_* and prepare_* of the same tutorial:"]
-        lines += [f"  {command}" for command in real]
+        print("\nTrain, after download_* and prepare_* of the same tutorial:")
+        for command in real:
+            print(f"  {command}")
     if rehearsal:
-        lines += ["", f"Rehearse with a tiny random model, here {rehearsal['name']} (--json lists the others):"]
-        lines += [f"  {command}" for command in rehearsal["commands"]]
-    console.print("\n".join(lines), soft_wrap=True)  # they are to be pasted, so rich must not break them
+        print(f"\nRehearse with a tiny random model, here {rehearsal['name']} (--json lists the others):")
+        for command in rehearsal["commands"]:
+            print(f"  {command}")
+
+
+def print_table(header: list, rows: list, left=(0,)) -> None:
+    """Print a table of texts. left: the numbers of its columns that are aligned to the left."""
+    widths = [max(map(width, column)) for column in zip(header, *rows)]
+    for number, row in enumerate([header, *rows]):
+        cells = []
+        for column, text in enumerate(row):
+            space = " " * (widths[column] - width(text))
+            cells.append(text + space if column in left else space + text)
+        print("   ".join(cells).rstrip())
+        if number == 0:
+            print("-" * width("   ".join(cells)))
+
+
+def width(text: str) -> int:
+    """The columns that a text takes in a terminal: a Korean letter takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def notes(found: dict) -> list:
