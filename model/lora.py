@@ -125,8 +125,8 @@ def target_all_linear(config, model: nn.Module, base: str) -> None:
 
 
 def _supports_adapter(model: nn.Module, name: str, layer: nn.Module) -> bool:
-    """False for the routers of Llama 4 and Phi-MoE, layers with more than one output, and for what peft refuses."""
-    if "Router" in type(layer).__name__:
+    """False for routers, whose weights are used without a call or give several outputs, and for what peft refuses."""
+    if "Router" in type(layer).__name__ or "router" in name.split("."):
         return False
     try:  # since peft 0.18
         from peft import LoraConfig

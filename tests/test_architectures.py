@@ -22,7 +22,7 @@ from common.tokenization import load_tokenizer
 from model import loss as loss_file
 from model.generate import generate_answers
 from model.load import load_model
-from model.lora import add_lora, load_adapter, save_adapter
+from model.lora import add_lora, linear_layers, load_adapter, module_suffix, save_adapter
 from model.loss import CausalLMLoss, has_plain_head
 from model.save import save_model
 from model.tiny import write_tiny
@@ -260,7 +260,11 @@ def gradients(model):
 
 def with_lora(directory):
     """The model of `directory` with an adapter that has learned something: a new one's B is zero, as all it adds."""
-    model = add_lora(load_model(directory, CPU), directory, r=4, alpha=8, dropout=0.0, target_modules=["all-linear"])
+    model, names = load_model(directory, CPU), ["all-linear"]
+    suffixes = {module_suffix(name) for name, _ in linear_layers(model)}
+    if "dt_proj" in suffixes:  # Mamba's: a training says that its adapter has no gradient, and to leave it out
+        names = sorted(suffixes - NO_ADAPTER)
+    model = add_lora(model, directory, r=4, alpha=8, dropout=0.0, target_modules=names)
     generator = torch.Generator().manual_seed(2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
