@@ -197,6 +197,7 @@ def _read_csv(path: Path) -> Iterator[Tuple[str, dict]]:
     line = 0
     try:
         reader.fieldnames = _column_names(path, reader.fieldnames or [])
+        line = reader.line_num
         for row in reader:
             line = reader.line_num
             if None in row or None in row.values():  # where DictReader puts surplus cells, and what it fills in

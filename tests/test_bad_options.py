@@ -6,6 +6,7 @@ Most of them run in `warm` (tests/conftest.py): the same scripts, without the th
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 
 import pytest
 
@@ -15,6 +16,7 @@ from tests.conftest import run
 from tests.helpers import DOWNLOAD, INFERENCE, PREPARE, SAMPLE, SCRIPTS, TRAIN, contents, refusal, tells
 
 LORA = f"{TRAIN} --use-lora"
+HAS_FUSED_ADAMW = tuple(map(int, version("torch").split(".")[:2])) >= (2, 4)  # on a CPU
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def test_two_prompts(refused):
     refused(SCRIPTS["inference"], "--prompt", "a", "--prompt-file", "b", tells_of=["--prompt-file", "not allowed"])
 
 
+@pytest.mark.skipif(not HAS_FUSED_ADAMW, reason="an older AdamW refuses a step that is larger than float32")
 def test_learning_rate_that_destroys_the_model(ready, warm):
     """No model is saved, and the line says what to change."""
     words = "--batch-size 8 --max-train-steps 6 --lr 1e30 --log-interval 1"

@@ -146,7 +146,7 @@ def _explain(error: Exception, repo_id: str, save_dir: str, token: Optional[str]
             "check --model-name, or give the --token of an account that may read it"
         )
     return (
-        f"the download from {constants.ENDPOINT} failed ({first_line(error)[:200]}): check the network, then {AGAIN}; "
+        f"the download from {constants.ENDPOINT} failed ({first_line(error)[:300]}): check the network, then {AGAIN}; "
         "to rehearse without a network, use --tiny"
     )
 
