@@ -140,10 +140,13 @@ def _encode(tokenizer, texts: List[str], add_special_tokens: bool) -> list:
     Text that looks like a control token (`</s>`, `<|endoftext|>`) stays text.
     """
     backend = tokenizer.backend_tokenizer
-    backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+    backend.encode_special_tokens = True
+    try:
+        return backend.encode_batch(texts, add_special_tokens=add_special_tokens)
+    finally:
+        backend.encode_special_tokens = False  # as transformers expects it
 
 
 def _without_end(tokenizer, encoding) -> List[int]:

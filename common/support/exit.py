@@ -64,6 +64,7 @@ def run(main: Callable[[], None]) -> None:
             status = _report(error)
         except BrokenPipeError:  # `2>&1 | head`
             status = CLOSED_PIPE
+        _end(status)  # here, because torch 1.13 aborts if a torch.save that was interrupted is cleaned up
     _end(status)
 
 
@@ -190,20 +191,20 @@ def install_hint(module: str) -> str:
 def _end(status: int) -> None:
     """End the process with `status`; with another one where the output cannot be written."""
     atexit._run_exitfuncs()
-    # Python's own clean-up would write once more into a closed pipe, and there a thread of the process group can abort.
-    at_once = status == CLOSED_PIPE or world_size() > 1
+    # Python's own clean-up would write once more into a closed pipe, and a thread of the process group can abort there.
+    at_once = status > 128 or world_size() > 1
     try:
         sys.stderr.flush()
         sys.stdout.flush()
     except OSError as error:  # a closed pipe, or a full disk
         status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
         at_once = True
-    if at_once:
-        os._exit(status)
-    if status == 128 + signal.SIGINT and os.name == "posix":
+    if status == 128 + signal.SIGINT and os.name == "posix" and world_size() == 1:
         # Die by the signal itself, so that a shell loop around the script stops as well.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
+    if at_once:
+        os._exit(status)
     sys.exit(status)
 
 
