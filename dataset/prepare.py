@@ -31,7 +31,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
     used, with its location, and if no row has an answer.
     """
     first = next(iter(splits["train"]))
-    template = pick_template(template, rename_columns(first, args.columns))
+    renamed = rename_columns(first, args.columns)
+    template = pick_template(template, renamed)
     require_asked(template, first, args.columns)
     meta = {
         "tokenizer": fingerprint(tokenizer),
@@ -43,7 +44,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
     }
     if source.card:
         meta["card"] = source.card  # its license and language
-    is_chat = isinstance(apply_template(template, rename_columns(first, args.columns)), Conversation)
+    is_chat = isinstance(apply_template(template, renamed), Conversation)
     encoder = RowEncoder(template, tokenizer, args.block_size, args.columns, is_chat)
     if is_chat:
         meta["template"] = "chat"

@@ -15,7 +15,6 @@ from typing import Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 from common import distributed
 from common.batches import Batches
@@ -24,6 +23,7 @@ from common.device import Device, total_memory
 from common.support.compat import has_fused_attention, meta_device
 from common.support.exit import UserError, short_message
 from common.support.model_dir import ModelSource
+from model.lora import expert_tensors, linear_layers
 from model.loss import chunk_elements
 from model.weight_format import bytes_of
 
@@ -241,14 +241,10 @@ class ModelShape:
         return count
 
     def _count(self, model: nn.Module) -> None:
-        matrices = []
-        for name, module in model.named_modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not model.get_output_embeddings():
-                matrices.append(Matrix(name.split(".")[-1], *module.weight.shape))
+        matrices = [Matrix(name.split(".")[-1], *layer.weight.shape) for name, layer in linear_layers(model)]
         experts = []
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 3 and "expert" in name:  # all experts of a layer
-                experts += [Matrix("experts", *parameter.shape[1:])] * len(parameter)
+        for _, experts_of_layer in expert_tensors(model):
+            experts += [Matrix("experts", *experts_of_layer.shape[1:])] * len(experts_of_layer)
         self.matrices = matrices + experts
         self.num_expert_parameters = num_weights(experts)
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -120,7 +120,9 @@ def _byte_level(kind):
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
 
-    llama3, qwen3, specials = kind.startswith("llama3"), kind == "qwen3", SPECIALS[kind]
+    llama3 = kind.startswith("llama3")
+    qwen3 = kind == "qwen3"
+    specials = SPECIALS[kind]
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama3))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not (llama3 or qwen3))
     if qwen3:

@@ -25,10 +25,9 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word!r} is not UTF-8 text: set the terminal to UTF-8, or rename the file")
 
     def set_defaults(self, **defaults):
+        known = {action.dest for action in self._actions}
         for name in defaults:
-            if all(
-                action.dest != name for action in self._actions
-            ):  # argparse would take a mistyped name for a new one
+            if name not in known:  # argparse would take a mistyped name for a new one
                 raise TypeError(f"{self.prog} has no option for the default {name}")
         super().set_defaults(**defaults)
 

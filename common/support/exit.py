@@ -54,7 +54,6 @@ def run(main: Callable[[], None]) -> None:
     stderr = sys.stderr
     if _rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
-    status = 0
     try:
         main()
         _leave_group()
@@ -65,7 +64,7 @@ def run(main: Callable[[], None]) -> None:
         except BrokenPipeError:  # `2>&1 | head`
             status = CLOSED_PIPE
         _end(status)  # here, because torch 1.13 aborts if a torch.save that was interrupted is cleaned up
-    _end(status)
+    _end(0)
 
 
 def _terminate(number, _) -> None:
