@@ -29,7 +29,7 @@ def main():
         block_size=1024,
         save_path="./llama3_dataset.pt",
     )
-    # imported here, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     from common.tokenization import load_tokenizer
     from dataset.prepare import prepare_dataset
     from dataset.sources import load_splits

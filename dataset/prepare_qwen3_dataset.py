@@ -27,7 +27,7 @@ def main():
         block_size=2048,
         save_path="./qwen3_dataset.pt",
     )
-    # imported here, so that --help and a mistyped option are answered at once
+    # Imported here, so that --help and a mistyped option are answered at once.
     from common.tokenization import load_tokenizer
     from dataset.prepare import prepare_dataset
     from dataset.sources import load_splits

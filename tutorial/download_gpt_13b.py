@@ -1,10 +1,9 @@
 """Download Cerebras-GPT 13B from the Hugging Face hub; 60 GB of free disk are advised.
 
     python tutorial/download_gpt_13b.py
-    python tutorial/download_gpt_13b.py --tiny
 
 It is open to everybody, no token is needed; its .bin files become safetensors. An interrupted download
-resumes where it stopped. With --tiny, a tiny model with random weights is written to rehearse, offline.
+resumes where it stopped. With --tiny, a tiny model with random weights is written instead, to rehearse offline.
 """
 
 import sys

@@ -2,12 +2,10 @@
 
     hf auth login
     python tutorial/download_llama3_8b.py
-    python tutorial/download_llama3_8b.py --tiny
 
-It is gated: accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B first, and make a token at
-https://huggingface.co/settings/tokens; `hf auth login` asks for it, and --token YOUR_TOKEN gives it without a login. An
-interrupted download resumes where it stopped. With --tiny, a tiny model with random weights is written to rehearse,
-offline.
+It is gated: accept its licence at https://huggingface.co/meta-llama/Meta-Llama-3-8B first. `hf auth login` asks for a
+token of https://huggingface.co/settings/tokens. An interrupted download resumes where it stopped. With --tiny, a tiny
+model with random weights is written instead, to rehearse offline.
 """
 
 import sys

@@ -1,10 +1,9 @@
 """Download Qwen3 4B Instruct (2507) from the Hugging Face hub; 10 GB of free disk are advised.
 
     python tutorial/download_qwen3.py
-    python tutorial/download_qwen3.py --tiny
 
-It needs no token. An interrupted download resumes where it stopped. With --tiny, a tiny model with random weights is
-written to rehearse, offline.
+It is open to everybody, no token is needed. An interrupted download resumes where it stopped. With --tiny, a tiny
+model with random weights is written instead, to rehearse offline.
 """
 
 import sys

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 from dataset.templates import instruction
 
 TASK = """Write a Python function that merges two sorted lists of numbers into one sorted list without calling sort.
@@ -25,8 +24,7 @@ TRAIN = "Run python tutorial/train_gpt.py first, or give a directory with --mode
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./code_generation")
-    require_model(args.model_name_or_path, hint=TRAIN, template=instruction)
+    args = inference_arguments(__doc__, instruction, hint=TRAIN, model_name_or_path="./code_generation")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 from dataset.templates import summarization
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
@@ -34,8 +33,7 @@ TRAIN = "Run python tutorial/train_llama2.py first, or give a directory with --m
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./llama2_summarization")
-    require_model(args.model_name_or_path, hint=TRAIN, template=summarization)
+    args = inference_arguments(__doc__, summarization, hint=TRAIN, model_name_or_path="./llama2_summarization")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device

@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 from dataset.templates import summarization
 
 ARTICLE = """The harbour town of Velmora will close its old stone bridge for eleven months from March, after
@@ -38,10 +37,8 @@ TRAIN = (
 
 def main():
     trained = ("./llama3_summarization", "./llama3_70b_summarization")
-    args = inference_arguments(
-        __doc__, model_name_or_path=next((path for path in trained if Path(path).is_dir()), trained[0])
-    )
-    require_model(args.model_name_or_path, hint=TRAIN, template=summarization)
+    newest = next((path for path in trained if Path(path).is_dir()), trained[0])
+    args = inference_arguments(__doc__, summarization, hint=TRAIN, model_name_or_path=newest)
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 from dataset.templates import korean_alpaca
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
@@ -24,8 +23,7 @@ TRAIN = "Run python tutorial/train_llama3_1.py first, or give a directory with -
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./llama3_1_korean")
-    require_model(args.model_name_or_path, hint=TRAIN, template=korean_alpaca)
+    args = inference_arguments(__doc__, korean_alpaca, hint=TRAIN, model_name_or_path="./llama3_1_korean")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device

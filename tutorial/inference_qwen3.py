@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import UserError, run
-from common.support.model_dir import require_model
 from dataset.templates import chat
 
 QUESTION = "비 오는 날 집에서 할 수 있는 일을 세 가지 추천해 주세요."
@@ -25,8 +24,7 @@ TRAIN = "Run python tutorial/train_qwen3.py first, or give a directory with --mo
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./qwen3_korean_chat", chat=True)
-    require_model(args.model_name_or_path, hint=TRAIN, template=chat)
+    args = inference_arguments(__doc__, chat, hint=TRAIN, model_name_or_path="./qwen3_korean_chat")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.chat_template import encode_question, get_chat_template

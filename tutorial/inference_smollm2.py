@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 from dataset.templates import alpaca
 
 TASK = "Return the sum of the squares of the numbers in a list."
@@ -24,8 +23,7 @@ TRAIN = "Run python tutorial/train_smollm2.py first, or give a directory with --
 
 
 def main():
-    args = inference_arguments(__doc__, model_name_or_path="./smollm2_code_generation")
-    require_model(args.model_name_or_path, hint=TRAIN, template=alpaca)
+    args = inference_arguments(__doc__, alpaca, hint=TRAIN, model_name_or_path="./smollm2_code_generation")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import train_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 
 DOWNLOAD = "Run python tutorial/download_llama3_8b.py first."
 PREPARE = "Run python dataset/prepare_llama3_dataset.py first."
@@ -22,6 +21,7 @@ PREPARE = "Run python dataset/prepare_llama3_dataset.py first."
 def main():
     args = train_arguments(
         __doc__,
+        hint=DOWNLOAD,
         model_name_or_path="./llama3-8b",
         dataset_name_or_path="./llama3_dataset.pt",
         save_dir="./llama3_summarization",
@@ -29,7 +29,6 @@ def main():
         lr=1e-5,
         log_interval=2,
     )
-    require_model(args.model_name_or_path, hint=DOWNLOAD)
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.checkpoint import find_checkpoint

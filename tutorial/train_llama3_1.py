@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import train_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 
 DOWNLOAD = "Run python tutorial/download_llama3_1_8b.py first."
 PREPARE = "Run python dataset/prepare_llama3_1_dataset.py first."
@@ -23,6 +22,7 @@ PREPARE = "Run python dataset/prepare_llama3_1_dataset.py first."
 def main():
     args = train_arguments(
         __doc__,
+        hint=DOWNLOAD,
         model_name_or_path="./llama3.1-8b",
         dataset_name_or_path="./llama3_1_dataset.pt",
         save_dir="./llama3_1_korean",
@@ -38,7 +38,6 @@ def main():
         log_interval=1,
         seed=3407,
     )
-    require_model(args.model_name_or_path, hint=DOWNLOAD)
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.checkpoint import find_checkpoint

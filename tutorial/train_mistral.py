@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import train_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 
 DOWNLOAD = "Run python tutorial/download_mistral_7b.py first."
 PREPARE = "Run python dataset/prepare_mistral_dataset.py first."
@@ -22,6 +21,7 @@ PREPARE = "Run python dataset/prepare_mistral_dataset.py first."
 def main():
     args = train_arguments(
         __doc__,
+        hint=DOWNLOAD,
         model_name_or_path="./mistral-7b",
         dataset_name_or_path="./mistral_dataset.pt",
         save_dir="./mistral_code_generation",
@@ -30,7 +30,6 @@ def main():
         lr=2e-6,
         log_interval=1,
     )
-    require_model(args.model_name_or_path, hint=DOWNLOAD)
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.checkpoint import find_checkpoint

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import train_arguments
 from common.support.exit import run
-from common.support.model_dir import require_model
 
 DOWNLOAD = "Run python tutorial/download_qwen3.py first."
 PREPARE = "Run python dataset/prepare_qwen3_dataset.py first."
@@ -24,6 +23,7 @@ PREPARE = "Run python dataset/prepare_qwen3_dataset.py first."
 def main():
     args = train_arguments(
         __doc__,
+        hint=DOWNLOAD,
         model_name_or_path="./qwen3-4b",
         dataset_name_or_path="./qwen3_dataset.pt",
         save_dir="./qwen3_korean_chat",
@@ -38,7 +38,6 @@ def main():
         log_interval=1,
         seed=3407,
     )
-    require_model(args.model_name_or_path, hint=DOWNLOAD)
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.checkpoint import find_checkpoint

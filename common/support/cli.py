@@ -8,11 +8,12 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Callable
 
 from common.support.compat import add_switch
 from common.support.exit import UserError, install_hint, world_size
 from common.support.files import require_writable
-from common.support.model_dir import ModelSource
+from common.support.model_dir import ModelSource, require_model
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,8 +136,10 @@ def _column_names(pairs: list, parser: Parser) -> dict:
 # ------------------------------------------------------------------------------------------------ train_*
 
 
-def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaults) -> argparse.Namespace:
-    """Options of `train_*`, all of them resolved and checked.
+def train_arguments(
+    description: str, lr: float, lora_lr: float = 2e-4, hint: str = "", **defaults
+) -> argparse.Namespace:
+    """Options of `train_*`, all of them resolved and checked; UserError, which ends with `hint`, without a model.
 
     lr: the default learning rate of full fine-tuning; lora_lr: of LoRA. defaults: of other options, by their names;
     a script gives at least model_name_or_path, dataset_name_or_path, save_dir, batch_size and log_interval.
@@ -168,6 +171,7 @@ def train_arguments(description: str, lr: float, lora_lr: float = 2e-4, **defaul
     args.gradient_checkpointing = {"auto": None, "on": True, "off": False}[args.gradient_checkpointing]
 
     _check_train_arguments(args, source, parser)
+    require_model(args.model_name_or_path, hint)
     return args
 
 
@@ -307,10 +311,13 @@ def memory_saving_options(args: argparse.Namespace) -> list:
 # ------------------------------------------------------------------------------------------------ inference_*
 
 
-def inference_arguments(description: str, model_name_or_path: str, chat: bool = False) -> argparse.Namespace:
+def inference_arguments(
+    description: str, template: Callable, model_name_or_path: str, hint: str = ""
+) -> argparse.Namespace:
     """Options of `inference_*`: model_name_or_path, prompt, prompt_file, save_path, batch_rows, max_new_tokens,
-    temperature, seed, bits, and with `chat` system.
+    temperature, seed, bits, and system with the template `chat`.
 
+    UserError, which ends with `hint`, without a model, or if it was trained with another template than `template`.
     `prompt` is the text of --prompt or of --prompt-file, or None: the script then takes its own sample. With
     `save_path` the file has many prompts, which dataset.questions reads. `bits` is None unless given: a model is
     loaded as it is stored, the base model of an adapter as in its training.
@@ -324,7 +331,7 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
     add("--save-path", metavar="ANSWERS.jsonl", help="answer each row of --prompt-file, and save the answers here")
     rows = "rows of --prompt-file that are answered together; fewer need less memory"
     add("--batch-rows", type=positive_int, default=8, help=rows)
-    if chat:
+    if template.__name__ == "chat":
         add("--system", help="system message: how the model shall answer")
     add("--max-new-tokens", type=positive_int, default=256, help="maximum tokens of an answer")
     temperature = "0: always the most likely token (greedy); above 0: sampled"
@@ -336,6 +343,7 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
         parser.error(f"--save-path {args.save_path} is for the answers to a file of prompts: give --prompt-file")
     if args.prompt_file and not args.save_path:
         args.prompt = _text_of_file(args.prompt_file, parser)
+    require_model(args.model_name_or_path, hint, template)
     return args
 
 
