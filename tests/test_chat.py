@@ -388,7 +388,7 @@ def test_the_token_that_ends_a_turn_is_found(name, with_template):
     tokenizer = with_template(name)
     end = tokenizer.convert_tokens_to_ids(END[TEMPLATES[name][0]])
     assert get_chat_template(tokenizer).end_of_turn() == end
-    assert stop_token_ids({"end_of_turn": end}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
+    assert stop_token_ids({"end_tokens": [end]}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
     assert stop_token_ids({}, tokenizer) == [tokenizer.eos_token_id]
 
 

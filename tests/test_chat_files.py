@@ -46,7 +46,7 @@ def test_every_prepare_script_takes_conversations(script, ready, warm):
     done = warm(f"python dataset/{script} {OWN} --dataset-name-or-path talks.jsonl", cwd=ready)
     assert "train: 38 rows, " in done.stdout and "0 prompts and 0 answers truncated, 0 rows without" in done.stdout
     dataset = torch.load(ready / "new.pt")
-    assert dataset["meta"]["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|eot_id|>") != tokenizer.eos_token_id
+    assert dataset["meta"]["end_tokens"] == [tokenizer.convert_tokens_to_ids("<|eot_id|>")] != [tokenizer.eos_token_id]
     assert dataset["meta"]["template"] == "chat" and dataset["meta"]["counts"]["train"]["conversations"] == 38
     held_out = TALKS[19::20]
     assert ids_of(dataset["validation"]) == [by_library(tokenizer, messages) for messages in held_out]

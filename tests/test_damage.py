@@ -169,5 +169,5 @@ def test_an_older_file_is_one_line(whole, tmp_path):
     tokenizer, _, document = whole
     path = tmp_path / "d.pt"
     torch.save({**document, "version": 1}, path)
-    with pytest.raises(UserError, match="has format version 1, but these scripts read 2"):
+    with pytest.raises(UserError, match="has format version 1, but these scripts read 3"):
         load_dataset(str(path), tokenizer, 128)
