@@ -477,6 +477,16 @@ def test_answers_that_nothing_ends_are_refused(end, stand_ins):
         get_chat_template(tokenizer).end_of_turn()
 
 
+def test_a_turn_that_the_next_turn_s_token_ends_is_refused_in_these_words(stand_ins):
+    """GLM-4's form."""
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "")
+    with pytest.raises(
+        UserError, match=r"ends no answer with a token of its own: <\|im_start\|> of the next turn does"
+    ):
+        get_chat_template(tokenizer).end_of_turn()
+
+
 def test_an_end_that_only_the_last_answer_has_is_learned_with_each(stand_ins):
     tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}" + (

@@ -50,6 +50,26 @@ def test_the_end_of_a_turn_is_the_end_token_of_the_result(memorized):
     assert (run["dataset"]["template"], run["dataset"]["end_tokens"]) == ("chat", [end])
 
 
+def test_all_ends_are_saved_and_stop_an_answer(ready, warm):
+    """Those of texts and of tool calls, and the base model's own."""
+    call_end, own = "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+    tokenizer = give_template(ready, PLAIN.replace("'<|eot_id|>'", f"('{call_end}' if m.tool_calls else '<|eot_id|>')"))
+    ids = tokenizer.convert_tokens_to_ids(["<|eot_id|>", call_end, tokenizer.eos_token, own])
+    base = {"eos_token_id": ids[2:]}
+    (ready / "llama3-8b" / "generation_config.json").write_text(json.dumps(base), encoding="utf-8")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    rows = [[TALK[1], call], [TALK[1], call, {"role": "tool", "content": "맑음"}, TALK[2]], TALK[1:3]]
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in rows])
+    warm(PREPARE, cwd=ready)
+    assert torch.load(ready / "llama3_dataset.pt")["meta"]["end_tokens"] == ids[:2]
+    warm("python tutorial/train_llama3.py --max-train-steps 1 --eval-rows 0 --save-dir ./new", cwd=ready)
+    path = ready / "new" / "generation_config.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["eos_token_id"] == ids
+    path.write_text(json.dumps({"eos_token_id": list(range(len(tokenizer)))}), encoding="utf-8")
+    said = warm(f"{ASK} --model-name-or-path ./new --prompt a", cwd=ready).stdout
+    assert "(stopped at --max-new-tokens" not in said  # after one token, whatever it is
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
