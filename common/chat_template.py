@@ -328,10 +328,14 @@ def _truncate(chat: ChatTemplate, messages: List[dict], tools: Optional[list], l
     for place in range(1, len(rest)):
         if rest[place]["role"] == "user" and rest[place - 1]["role"] != "user":
             exchanges.append(place)
-    kept = head + rest[exchanges.pop() :]
-    while exchanges and excess(head + rest[exchanges[-1] :]) <= 0:
-        kept = head + rest[exchanges.pop() :]
-    kept = [dict(message) for message in kept]
+    oldest, newest = 0, len(exchanges) - 1
+    while oldest < newest:  # a binary search: fewer exchanges are never longer
+        middle = (oldest + newest) // 2
+        if excess(head + rest[exchanges[middle] :]) <= 0:
+            newest = middle
+        else:
+            oldest = middle + 1
+    kept = [dict(message) for message in head + rest[exchanges[newest] :]]
     texts = [message for message in kept if message["role"] in ("user", "tool")]
     too_many = excess(kept)
     while too_many > 0 and any(message["content"] for message in texts):
