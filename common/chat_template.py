@@ -3,6 +3,8 @@
 A chat template is a Jinja program that comes with the model. It writes all messages as one text, and does not say which
 part came from which message (https://huggingface.co/docs/transformers/chat_templating). So an answer is what its turn
 adds to the text: the conversation is rendered up to the question, with the generation prompt, and up to the answer.
+Some templates ask in another form than they write an answered question in: with a `<think>` that the answer lacks, or
+with a system text that only the newest question has. Then the row is what the model is asked with, and the answer.
 
 Only the template may write control tokens such as `<|im_end|>`: text that is pasted into a message could end a turn
 with one. The rendered text does not show where a token came from. So the messages are searched before: rows that
@@ -12,20 +14,22 @@ contain a control token are dropped, and questions are refused.
 from __future__ import annotations
 
 import json
+import re
 from bisect import bisect_left
 from copy import deepcopy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from os.path import commonprefix
 from typing import List, NamedTuple, Optional, Sequence, Tuple
 
 from common.support.compat import load_chat_template_file, require_package
 from common.support.exit import UserError, short_message
-from common.tokenization import Encoded
+from common.tokenization import Encoded, last_ids, require_length
 
 SYSTEM_ROLES = ("system", "developer")  # their messages begin a conversation, and stay when it is truncated
 QUESTION = {"role": "user", "content": "a"}
-ANSWER = {"role": "assistant", "content": "b"}
+ANSWERS = [{"role": "assistant", "content": letter} for letter in "ab"]  # what both have in common is no answer's
+TAG = re.compile(r"\s*([<\[][\w|]+[>\]])")  # with which a thought begins: `<think>`, `[THINK]`
 
 
 class Conversation(NamedTuple):
@@ -41,6 +45,14 @@ class Rendered(NamedTuple):
     messages: List[dict]
     text: str
     answers: List[Tuple[int, int]]  # start and stop in the text of each answer with its end token
+    remarks: List[str]  # what the template does with an answer that the reader should know, for each
+
+
+class Probe(NamedTuple):
+    """What the template does with a plain question and answer."""
+
+    generation_prompt: str
+    begin: str  # of an answer's turn, behind what the model is asked with: `<|channel|>final<|message|>` of gpt-oss
 
 
 class ChatTemplate:
@@ -53,10 +65,6 @@ class ChatTemplate:
         load_chat_template_file(tokenizer)
         self.tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name_or_path}"
-        self.no_end = (
-            f"{self.name} ends no answer with a token that its tokenizer knows, so the model could not learn to stop. "
-            "Use the template and the tokenizer of the same chat model."
-        )
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path} has no chat template, which conversations need: it is a "
@@ -71,12 +79,21 @@ class ChatTemplate:
         self.backend.post_processor = processors.ByteLevel(trim_offsets=False)  # a token starts at its space
         added = self.backend.get_added_tokens_decoder()
         self.end_ids = set(added)  # not only the special ones: some models end a turn with another added token
-        control_tokens = [token.content for token in added.values() if token.special and token.content]
+        special = [token for token in added.values() if token.special and token.content]
+        control_tokens = [token.content for token in special]
+        # Some are looked for in the normalized text: with small letters only, for example.
+        self.normalizer = self.backend.normalizer if any(token.normalized for token in special) else None
+        if self.normalizer:
+            control_tokens += [self.normalizer.normalize_str(token.content) for token in special if token.normalized]
         self.control_tokens = [_as_json(content)[1:-1] for content in control_tokens]  # without the quotes
 
     def find_control_token(self, messages: List[dict], tools: Optional[list] = None) -> Optional[str]:
-        """A control token that is part of a text in `messages` or `tools`, keys included. None if there is none."""
+        """A control token that is part of a text in `messages` or `tools`, keys included. None if there is none.
+        UserError for texts that are too long."""
         texts = _as_json([messages, tools])
+        require_length(texts, "the conversation")
+        if self.normalizer:
+            texts += self.normalizer.normalize_str(texts)
         return next((token for token in self.control_tokens if token in texts), None)
 
     def render(self, messages: List[dict], tools: Optional[list] = None, add_generation_prompt: bool = False) -> str:
@@ -93,15 +110,42 @@ class ChatTemplate:
             raise UserError(f"the {self.name} refuses it: {short_message(error)}. {advice}") from None
 
     def render_last_answer(self, messages: List[dict], tools: Optional[list] = None) -> Rendered:
-        """A conversation that ends with an answer, and where that is."""
+        """A conversation that ends with an answer, and where that is: all before it is as the model is asked."""
         text, before = self.render(messages, tools), messages[:-1]
-        question = self.render(before, tools, True) if before else self._before_first_answer(text)
-        # Not all of the question, if its generation prompt begins a thought (`<think>`) that this answer lacks.
-        start = len(commonprefix([question, text]))
+        asked = self.render(before, tools, True) if before else commonprefix([text, self._header([], tools)])
+        remarks = []
+        if not text.startswith(asked):
+            remarks = ["asks in another form than it writes (trained as it asks)"]
+            text = asked + self._answer_alone(text, before, tools)
         stop = len(text.rstrip())  # the white space that templates write after the end token is not learned
-        if stop <= start:
+        if stop <= len(asked):
             raise UserError(f"the {self.name} leaves out message {len(messages)}. Fix that row.")
-        return Rendered(messages, text, [(start, stop)])
+        turn = text[max(0, len(asked) - len(self._probe.generation_prompt)) : stop]
+        missing = _missing_parts(messages[-1], turn) + _missing_context(before, tools, text[: len(asked)])
+        remarks += [f"leaves out {name}" for name in missing]
+        return Rendered(messages, text, [(len(asked), stop)], remarks)
+
+    def _header(self, before: List[dict], tools: Optional[list]) -> str:
+        """What the template writes before the text of any answer to `before`."""
+        return commonprefix([self.render([*before, answer], tools) for answer in ANSWERS])
+
+    def _answer_alone(self, text: str, before: List[dict], tools: Optional[list]) -> str:
+        """What follows in `text`, which ends with an answer to `before`, on what the model is asked with."""
+        header, begin = self._header(before, tools), self._probe.begin
+        # A call of a tool may have another header than a text.
+        differs = len(header) - len(commonprefix([header, text]))
+        if differs > len(begin):
+            raise UserError(
+                f"the {self.name} writes message {len(before) + 1} in another form than it asks in, so the model would "
+                "be asked as it was never trained. Fix that row."
+            )
+        return begin[: len(begin) - differs] + text[len(header) - differs :]
+
+    @cached_property
+    def _probe(self) -> Probe:
+        question, asked = self.render([QUESTION]), self.render([QUESTION], add_generation_prompt=True)
+        header = self._header([QUESTION], None)
+        return Probe(_without_common_prefix(asked, question), _without_common_prefix(header, asked))
 
     def render_answers(self, messages: List[dict], tools: Optional[list] = None) -> List[Rendered]:
         """The conversation up to its last answer with content, with all answers; [] if there is none. If the template
@@ -115,7 +159,8 @@ class ChatTemplate:
         text = parts[-1].text
         if not all(text.startswith(part.text) for part in parts):
             return [part for part in parts if has_content(part.messages[-1])]
-        return [Rendered(parts[-1].messages, text, [span for part in parts for span in part.answers])]
+        spans = [span for part in parts for span in part.answers]
+        return [Rendered(parts[-1].messages, text, spans, [remark for part in parts for remark in part.remarks])]
 
     def encode(self, text: str, answers: Sequence[Tuple[int, int]] = ()) -> Tuple[List[int], bytearray]:
         """The ids of a rendered text, those that apply_chat_template gives, and for each id 1 if it is of an answer."""
@@ -132,24 +177,75 @@ class ChatTemplate:
 
     def end_of_turn(self) -> int:
         """The id of the token with which the template ends an answer. UserError if there is none."""
-        rendered = self.render_last_answer([QUESTION, ANSWER])
+        rendered = self.render_last_answer([QUESTION, ANSWERS[0]])
         ids, mask = self.encode(rendered.text, rendered.answers)
         end = ids[mask.rindex(b"\1")]
         if end not in self.end_ids:
-            raise UserError(f"The {self.no_end}")
+            raise UserError(f"{self.no_end[0].upper()}{self.no_end[1:]}")
         return end
 
-    def _before_first_answer(self, text: str) -> str:
-        """The text before an answer that is the first message: few templates can render a conversation without any."""
-        asked = self.render([QUESTION], add_generation_prompt=True)
-        generation_prompt = asked[len(commonprefix([asked, self.render([QUESTION])])) :]
-        return text.partition(generation_prompt)[0] + generation_prompt if generation_prompt else ""
+    @cached_property
+    def no_end(self) -> str:
+        """What is wrong with a template that ends no answer with a token."""
+        answered = [QUESTION, ANSWERS[0]]
+        following = _without_common_prefix(self.render([*answered, QUESTION]), self.render(answered))
+        ids, _ = self.encode(following)
+        if ids and ids[0] in self.end_ids:
+            return (
+                f"the {self.name} ends no answer with a token of its own: {self.backend.id_to_token(ids[0])} of the "
+                "next turn does, which these scripts do not support. Use a model whose template ends each answer."
+            )
+        return (
+            f"the {self.name} ends no answer with a token that its tokenizer knows, so the model could not learn to "
+            "stop. Use the template and the tokenizer of the same chat model."
+        )
 
 
 @lru_cache(maxsize=4)
 def get_chat_template(tokenizer) -> ChatTemplate:
     """The ChatTemplate of a tokenizer: one per tokenizer, because it copies it."""
     return ChatTemplate(tokenizer)
+
+
+def _without_common_prefix(text: str, other: str) -> str:
+    return text[len(commonprefix([text, other])) :]
+
+
+def _missing_parts(message: dict, turn: str) -> List[str]:
+    """The parts of an answer that are not in its turn as the template writes it: keys, or `<think>` and the like."""
+    missing = []
+    for key, value in message.items():
+        texts = [value] if isinstance(value, str) and key != "role" else []
+        if key == "tool_calls":
+            texts = _function_names(value)
+        if not _are_in(turn, texts):
+            tag = TAG.match(texts[0])
+            missing.append(tag.group(1) if tag else key)
+    return missing
+
+
+def _missing_context(before: List[dict], tools: Optional[list], text: str) -> List[str]:
+    """What is not in the text before an answer: the system message, the tools."""
+    missing = []
+    if not _are_in(text, [message["content"] for message in before if message["role"] in SYSTEM_ROLES]):
+        missing.append("the system message")
+    if not _are_in(text, _function_names(tools or [])):
+        missing.append("the tools")
+    return missing
+
+
+def _function_names(entries: list) -> List[str]:
+    """The names in tool calls, or in the schemas of tools: OpenAI's form, or the function alone."""
+    functions = [entry.get("function", entry) for entry in entries if isinstance(entry, dict)]
+    return [str(function.get("name", "")) for function in functions if isinstance(function, dict)]
+
+
+def _are_in(written: str, texts: List[str]) -> bool:
+    """Whether all `texts` are part of what was written, white space apart, which templates may change."""
+    if not texts:
+        return True
+    written = "".join(written.split())
+    return all("".join(text.split()) in written for text in texts)
 
 
 def _as_json(value) -> str:
@@ -202,8 +298,8 @@ def _encode_within(chat: ChatTemplate, part: Rendered, tools: Optional[list], bl
             part = chat.render_answers(messages, tools)[-1]
         ids, mask = chat.encode(part.text, part.answers)
     end = mask.rindex(b"\1")
-    if ids[end] not in chat.end_ids:
-        raise UserError(f"in this conversation the {chat.no_end}")
+    if not chat.end_ids.issuperset(last_ids(ids, mask)):
+        raise UserError(f"in this conversation {chat.no_end}")
     if len(ids) > block_size:  # only the newest answer is left to be truncated; its end token stays
         start = mask.rfind(b"\0", 0, end) + 1
         kept = block_size - (len(ids) - end)
@@ -214,7 +310,7 @@ def _encode_within(chat: ChatTemplate, part: Rendered, tools: Optional[list], bl
             )
         answer_truncated = True
         ids, mask = ids[:kept] + ids[end:], mask[:kept] + mask[end:]
-    return Encoded(ids, mask, prompt_truncated, answer_truncated)
+    return Encoded(ids, mask, prompt_truncated, answer_truncated, len(part.answers), part.remarks)
 
 
 def _truncate(chat: ChatTemplate, messages: List[dict], tools: Optional[list], limit: int) -> List[dict]:
@@ -223,7 +319,8 @@ def _truncate(chat: ChatTemplate, messages: List[dict], tools: Optional[list], l
     is_question = messages[-1]["role"] != "assistant"
 
     def excess(messages: List[dict]) -> int:
-        return len(chat.encode(chat.render(messages, tools, is_question))[0]) - limit
+        text = chat.render(messages, tools, True) if is_question else chat.render_last_answer(messages, tools).text
+        return len(chat.encode(text)[0]) - limit
 
     head = list(takewhile(lambda message: message["role"] in SYSTEM_ROLES, messages))
     rest = messages[len(head) :]
@@ -231,10 +328,14 @@ def _truncate(chat: ChatTemplate, messages: List[dict], tools: Optional[list], l
     for place in range(1, len(rest)):
         if rest[place]["role"] == "user" and rest[place - 1]["role"] != "user":
             exchanges.append(place)
-    kept = head + rest[exchanges.pop() :]
-    while exchanges and excess(head + rest[exchanges[-1] :]) <= 0:
-        kept = head + rest[exchanges.pop() :]
-    kept = [dict(message) for message in kept]
+    oldest, newest = 0, len(exchanges) - 1
+    while oldest < newest:  # a binary search: fewer exchanges are never longer
+        middle = (oldest + newest) // 2
+        if excess(head + rest[exchanges[middle] :]) <= 0:
+            newest = middle
+        else:
+            oldest = middle + 1
+    kept = [dict(message) for message in head + rest[exchanges[newest] :]]
     texts = [message for message in kept if message["role"] in ("user", "tool")]
     too_many = excess(kept)
     while too_many > 0 and any(message["content"] for message in texts):

@@ -1,11 +1,12 @@
 """The dataset file: token ids and loss masks of all rows, as plain tensors that a bare `torch.load` opens.
 
 {
-    "format": "finetuning-dataset", "version": 2,
+    "format": "finetuning-dataset", "version": 3,
     "sha256": ...                      # of meta, and so of everything: meta has the digests of all tensors
     "meta": {
         "tokenizer": fingerprint, "model": ..., "dataset": where the rows came from, "template": its name,
         "block_size": tokens of a row at most, "counts": {"train": {"rows": ...}, "validation": {...}},
+        "end_tokens": ids with which answers end, first the usual one, "measure": "code", "summary" or "text",
         "sha256": {"train": {"input_ids": ...}, ...}, ...
     },
     "train": {
@@ -29,7 +30,7 @@ import sys
 from array import array
 from importlib.metadata import version
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Dict, List, Set, Tuple
 
 import numpy
 import torch
@@ -37,12 +38,15 @@ import torch
 from common import distributed
 from common.support.compat import load_mapped
 from common.support.exit import UserError
-from common.tokenization import Encoded, fingerprint
+from common.tokenization import Encoded, fingerprint, last_ids
 
 FORMAT = "finetuning-dataset"
-VERSION = 2
+VERSION = 3
 SPLITS = ("train", "validation")
-META = {"tokenizer": str, "model": str, "dataset": str, "template": str, "block_size": int, "counts": dict}
+META = {
+    "tokenizer": str, "model": str, "dataset": str, "template": str, "block_size": int, "counts": dict,
+    "end_tokens": list,
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -57,6 +61,7 @@ class SplitWriter:
         self.ids_file = open(self.ids_path, "wb")
         self.mask_file = open(self.mask_path, "wb")
         self.lengths = array("i")
+        self.end_tokens: Set[int] = set()  # with which the answers end
 
     def __enter__(self) -> SplitWriter:
         return self
@@ -69,6 +74,7 @@ class SplitWriter:
         self.ids_file.write(struct.pack(f"{len(row.ids)}i", *row.ids))
         self.mask_file.write(row.mask)
         self.lengths.append(len(row.ids))
+        self.end_tokens |= last_ids(row.ids, row.mask)
 
     def tensors(self) -> Dict[str, torch.Tensor]:
         """The split. Its large tensors are mapped from the closed scratch files, not read into memory."""
@@ -143,9 +149,11 @@ def load_dataset(path: str, tokenizer, block_size: int = sys.maxsize, hint: str 
         raise UserError(f"{path} is damaged: checksum mismatch in meta. {again}")
     meta, longest = document["meta"], document["meta"]["block_size"]
     if meta["tokenizer"] != fingerprint(tokenizer):
+        made_by, installed = meta.get("transformers"), version("transformers")
+        versions = f", or by transformers {made_by}, not {installed}" if made_by != installed else ""
         raise UserError(
-            f"{path} was made with another tokenizer (that of {meta['model']}), so its token ids do not match this "
-            f"model. {again}"
+            f"{path} was made with another tokenizer (that of {meta['model']}){versions}, so its token ids do not "
+            f"match this model. {again}"
         )
     if longest > block_size:
         raise UserError(
@@ -189,11 +197,13 @@ def _is_valid_meta(meta, digest) -> bool:
 # ------------------------------------------------------------------------------------------------ use
 
 
-def stop_token_ids(meta: dict, tokenizer) -> List[int]:
+def stop_token_ids(meta: dict, tokenizer, model=None) -> List[int]:
     """The ids of the tokens at which an answer ends, for a model trained on the dataset file with that `meta` ({}: not
-    trained): first the one that it has learned, then the tokenizer's own."""
-    learned = meta.get("end_of_turn", tokenizer.eos_token_id)
-    return list(dict.fromkeys([learned, tokenizer.eos_token_id]))
+    trained): first those that it has learned, then the tokenizer's own, and those that `model` had before."""
+    own = model.generation_config.eos_token_id if model else None
+    own = own if isinstance(own, list) else [own]
+    ids = [*meta.get("end_tokens", []), tokenizer.eos_token_id, *own]
+    return list(dict.fromkeys(one for one in ids if one is not None))
 
 
 def held_out_prompts(dataset: dict, path: str, tokenizer, rows: int) -> List[Tuple[List[int], str]]:

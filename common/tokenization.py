@@ -9,11 +9,13 @@ import hashlib
 import json
 import re
 import sys
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from importlib.metadata import version
+from typing import List, NamedTuple, Optional, Sequence, Set, Tuple
 
 from common.support.exit import UserError, first_line
-from common.support.model_dir import explain_load_error, positions_and_embeddings, require_directory
+from common.support.model_dir import ModelSource, explain_load_error, positions_and_embeddings, require_directory
 
+MAX_LETTERS = 2_000_000  # of a text that is tokenized as a whole: it takes seconds, and some 2 GB of memory
 # A text far longer than its limit is tokenized without its middle: some 4 letters are a token of English text.
 LETTERS_PER_TOKEN = 5
 MARGIN = 64  # letters at a cut that may become other tokens
@@ -38,6 +40,13 @@ class Encoded(NamedTuple):
     mask: bytes  # for each id 1 if it is in the loss (an answer, or the token that ends it), else 0
     prompt_truncated: bool
     answer_truncated: bool
+    num_answers: int = 1
+    remarks: Sequence[str] = ()  # what its chat template does with an answer that the reader should know
+
+
+def last_ids(ids: Sequence[int], mask: bytes) -> Set[int]:
+    """The ids with which the answers of a row end."""
+    return {ids[last.start()] for last in re.finditer(b"\1(?!\1)", mask)}
 
 
 def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
@@ -62,10 +71,19 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
         raise UserError(f"{model_dir} has no tokenizer that can be loaded ({reason}). {hint}".strip()) from None
     if not tokenizer.is_fast:
         raise UserError(f"{model_dir} has no fast tokenizer (tokenizer.json), which is required.")
+    # Llama 3's own setting: decoded text would lose spaces, as in `x != y`.
+    tokenizer.clean_up_tokenization_spaces = False
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {model_dir} has no end token, so the model could not learn to stop.")
     if positions is not None and block_size > positions:
         raise UserError(f"--block-size {block_size} exceeds the {positions} positions of {model_dir}. Use fewer.")
+    trained = ModelSource(model_dir).run.get("dataset", {})
+    installed = version("transformers")
+    if trained.get("transformers", installed) != installed and trained.get("tokenizer") != fingerprint(tokenizer):
+        print(
+            f"{model_dir} was trained with transformers {trained['transformers']}, and {installed} tokenizes some "
+            f"texts differently: pip install transformers=={trained['transformers']}"
+        )
     largest = largest_id(tokenizer)
     if embeddings is not None and largest >= embeddings:
         raise UserError(
@@ -82,9 +100,16 @@ def largest_id(tokenizer) -> int:
 
 
 def fingerprint(tokenizer) -> str:
-    """A hash of all that decides the ids of a text: 16 hex digits, the same in every version of the libraries."""
-    probe = "Hello, world!  다람쥐 헌 쳇바퀴에 타고파.\n\tdef f(x):\n\t\treturn x != 1e-5  # naïve 👍"
-    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, tokenizer(probe)["input_ids"]]
+    """A hash of all that decides the ids of a text: 16 hex digits, the same in every version of the libraries that
+    tokenizes alike."""
+    bos = tokenizer.bos_token or ""
+    probes = [
+        "Hello, world!  다람쥐 헌 쳇바퀴에 타고파.\n\tdef f(x):\n\t\treturn x != 1e-5  # naïve 👍",
+        *(" a", "  a  b  ", "\na\n\nb\n", "\ta\t"),
+        *(f"{bos}a", f"{bos} a"),  # as in the text of a chat template
+    ]
+    ids = [tokenizer(probe)["input_ids"] for probe in probes]
+    facts = [sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id, ids]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -102,6 +127,13 @@ def max_prompt_tokens(positions: Optional[int], max_new_tokens: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------------ encoding
+
+
+def require_length(text: str, name: str = "") -> None:
+    """UserError for a text whose tokenization would take minutes."""
+    if len(text) > MAX_LETTERS:
+        name = name or f"the text that begins with {text[:40]!r}"
+        raise UserError(f"{name} has {len(text):,} letters, and {MAX_LETTERS:,} is the most. Shorten it.")
 
 
 def encode_examples(tokenizer, examples: Sequence[Example], block_size: int) -> List[Encoded]:
@@ -139,6 +171,8 @@ def _encode(tokenizer, texts: List[str], add_special_tokens: bool) -> list:
 
     Text that looks like a control token (`</s>`, `<|endoftext|>`) stays text.
     """
+    for text in texts:
+        require_length(text)
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()

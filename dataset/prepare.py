@@ -41,6 +41,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
         "template": template.__name__,
         "block_size": args.block_size,
         "counts": {},
+        "end_tokens": [tokenizer.eos_token_id],
     }
     if source.card:
         meta["card"] = source.card  # its license and language
@@ -48,7 +49,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
     encoder = RowEncoder(template, tokenizer, args.block_size, args.columns, is_chat)
     if is_chat:
         meta["template"] = "chat"
-        meta["end_of_turn"] = get_chat_template(tokenizer).end_of_turn()
+        meta["end_tokens"] = [get_chat_template(tokenizer).end_of_turn()]
     else:
         meta["chat_template"] = jinja_template(template, tokenizer)
         if not meta["chat_template"]:
@@ -69,6 +70,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
                 )
             meta["counts"][name] = dict(counts)
             tensors[name] = writer.tensors()
+            meta["end_tokens"] += sorted(writer.end_tokens.difference(meta["end_tokens"]))
         print("Saving dataset into torch format...")
         save_dataset(new, meta, tensors)
     print(f"Dataset saved as {args.save_path}")
@@ -136,6 +138,7 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
     done."""
     counts = Counter({"rows": 0, "tokens": 0, "prompts cut": 0, "answers cut": 0, "dropped": 0})
     first_control_token = ""
+    num_answers, remarks = 0, Counter()
     for chunk in with_progress(encode_chunks(rows, encoder), len, name, length_hint(rows) or None):
         for row in chunk:
             if row.control_token:
@@ -151,7 +154,11 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
                 counts["tokens"] += len(one.ids)
                 counts["prompts cut"] += one.prompt_truncated
                 counts["answers cut"] += one.answer_truncated
+                num_answers += one.num_answers
+                remarks.update(one.remarks)
     print(f"{name}: {summary_line(counts, first_control_token)}")
+    for remark, number in sorted(remarks.items()):
+        print(f"{name}: the chat template {remark} in {number} of {num_answers} answers")
     return counts
 
 

@@ -13,6 +13,7 @@ format in Jinja next to it, as the text before and after a question. Copy both f
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Callable
 
 from common.chat_template import Conversation
@@ -118,5 +119,10 @@ def jinja_template(template: Callable, tokenizer) -> str:
     # SentencePiece puts a space before a text, but most of its tokenizers put none after a special token.
     joined = tokenizer(bos + "a", add_special_tokens=False)["input_ids"]
     space = "" if joined == before + plain else " "
+    if space:
+        print(
+            f"The chat template saved with the model is for transformers {version('transformers')}: others may "
+            f"tokenize the space after {bos} differently."
+        )
     start = START.replace("BOS", json.dumps(bos, ensure_ascii=False)).replace("SPACE", json.dumps(space))
     return start + template.jinja + TURNS

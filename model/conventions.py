@@ -6,7 +6,7 @@ from __future__ import annotations
 SENTENCEPIECE = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
                  "add_bos_token": True, "add_eos_token": False, "legacy": False}  # fmt: skip
 LLAMA3 = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin_of_text|>",
-          "eos_token": "<|end_of_text|>"}  # fmt: skip
+          "eos_token": "<|end_of_text|>", "clean_up_tokenization_spaces": True}  # fmt: skip
 # ChatML in the form of Qwen3-Instruct-2507's: no default system text, no thinking, results of tools as the user's
 CHATML = (
     "{%- for message in messages %}{%- set tool = message.role == 'tool' %}"

@@ -47,7 +47,7 @@ def load_sharded(directory: str, weight_format: WeightFormat, dtype: torch.dtype
     with _without_weights(dtype):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{DTYPE: config_dtype})
     model.tie_weights()
-    model.generation_config = GenerationConfig()
+    model.generation_config = GenerationConfig(eos_token_id=ModelSource(directory).end_tokens or None)
     setattr(model.config, DTYPE, weight_format.main_dtype or dtype)
     tensors = find_tensors(model, directory)
 

@@ -9,6 +9,7 @@ import torch
 from transformers import TextStreamer
 
 from common.batches import Batches
+from common.dataset_file import stop_token_ids
 from common.device import explain_out_of_memory
 from common.support.exit import UserError
 from common.tokenization import max_prompt_tokens
@@ -43,9 +44,9 @@ def generate_answers(
 ) -> List[Answer]:
     """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
 
-    An answer stops at one of the token ids `ends`, by default at the tokenizer's end token.
+    An answer stops at one of the token ids `ends`, and at the end tokens of tokenizer and model.
     """
-    ends = list(ends) or [tokenizer.eos_token_id]
+    ends = stop_token_ids({"end_tokens": ends}, tokenizer, model)
     longest = max(map(len, prompts))
     # Padded on the left, so that every answer follows directly after its prompt.
     ids = [[tokenizer.eos_token_id] * (longest - len(prompt)) + prompt for prompt in prompts]

@@ -136,8 +136,9 @@ def load_model(
             model = _load_dequantized(base, weight_format, device, dtype)
         else:
             model = _load_plain(base, weight_format, dtype)
-        # The generation settings on the hub are for chat, and some of them cannot even be saved again.
-        model.generation_config = GenerationConfig()
+        # The other generation settings on the hub are for chat, and some of them cannot even be saved again.
+        ends = source.end_tokens or model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         setattr(model.config, DTYPE, weight_format.main_dtype or next(model.parameters()).dtype)
         # The weights that transformers leaves alone keep their files in memory; where it made new ones of the others
         # (quantized, or the experts of a layer as one tensor), copies of them let the files go.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Dict
+from typing import Dict, List
 
 from common.support.exit import without_secrets
 from common.support.model_dir import is_hub_id, read_origin
@@ -33,8 +33,9 @@ path = {path}  # this directory, or its name on the hub
 model = {auto_class}.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
 {inputs}
-output = model.generate(**inputs, max_new_tokens=256, do_sample=False, eos_token_id={end_id})
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+output = model.generate(**inputs, max_new_tokens=256, do_sample=False, eos_token_id={ends})
+answer = output[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 ```
 {notes}"""
 CHAT_INPUTS = """\
@@ -49,11 +50,11 @@ there, or its name on the hub.
 
 
 def write_card(
-    directory: Path, save_dir: str, made_of: dict, run: dict, is_adapter: bool, has_chat_template: bool, end_id: int
+    directory: Path, save_dir: str, made_of: dict, run: dict, is_adapter: bool, has_chat_template: bool, ends: List[int]
 ) -> None:
     """Write the card of a model into `directory`, whose files will be moved to `save_dir`.
 
-    made_of: its base_models; run: its run.json, {} if it is not known; end_id: the token that ends an answer. A
+    made_of: its base_models; run: its run.json, {} if it is not known; ends: the tokens that end an answer. A
     README.md in `save_dir` that the user has written stays.
     """
     from huggingface_hub import ModelCard, ModelCardData  # not at the top: no training waits for this import
@@ -93,7 +94,7 @@ def write_card(
         auto_class="AutoPeftModelForCausalLM" if is_adapter else "AutoModelForCausalLM",
         path=json.dumps(name, ensure_ascii=False),
         inputs=CHAT_INPUTS if has_chat_template else TEXT_INPUTS,
-        end_id=end_id,
+        ends=ends if len(ends) > 1 else ends[0],
         notes=notes,
     )
     ModelCard(without_secrets(f"---\n{data.to_yaml()}\n---\n\n{body}")).save(directory / CARD)

@@ -69,7 +69,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
 
 def _write_files(model: nn.Module, tokenizer, directory: Path, save_dir: str, base: str, run: dict) -> None:
     meta = run.get("dataset", {})
-    end_id = stop_token_ids(meta, tokenizer)[0]
+    ends = stop_token_ids(meta, tokenizer, model)
     is_adapter = hasattr(model, "get_base_model")  # in peft 0.17 a merged model still has a `peft_config`
     if not is_adapter:
         weight_format = detect_format(base) if base else None
@@ -79,20 +79,20 @@ def _write_files(model: nn.Module, tokenizer, directory: Path, save_dir: str, ba
     if is_adapter:
         save_adapter(model, directory, meta.get("template", ""))
     else:
-        write_configs(model, tokenizer, end_id, directory, base, weight_format)
+        write_configs(model, tokenizer, ends, directory, base, weight_format)
     save_tokenizer(tokenizer, directory, meta.get("chat_template"))
     if run:
         finished = {**run, "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         text = without_secrets(json.dumps(finished, indent=2, ensure_ascii=False))
         (directory / RUN).write_text(text, encoding="utf-8")
     if run or base:
-        _write_card(model, directory, save_dir, base, run, end_id)
+        _write_card(model, directory, save_dir, base, run, ends)
     mode = min(directory.glob("*config.json")).stat().st_mode
     for file in directory.iterdir():
         file.chmod(mode)  # safetensors makes its files readable by their owner only
 
 
-def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run: dict, end_id: int) -> None:
+def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run: dict, ends: List[int]) -> None:
     from model.model_card import write_card  # not at the top: a learner who follows the first step need not read it
 
     is_adapter = hasattr(model, "get_base_model")
@@ -102,7 +102,7 @@ def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run
     if not made_of:
         made_of = {"base": base or (model.get_base_model() if is_adapter else model).name_or_path}
     try:
-        write_card(directory, save_dir, made_of, run, is_adapter, has_chat_template, end_id)
+        write_card(directory, save_dir, made_of, run, is_adapter, has_chat_template, ends)
     except OSError:
         raise
     except Exception as error:  # a missing card is no reason to lose a trained model
@@ -255,11 +255,11 @@ def require_saved(condition: bool, problem: str) -> None:
 
 
 def write_configs(
-    model: nn.Module, tokenizer, end_id: int, directory: Path, base: str, weight_format: Optional[WeightFormat]
+    model: nn.Module, tokenizer, ends: List[int], directory: Path, base: str, weight_format: Optional[WeightFormat]
 ) -> None:
-    """Write config.json and generation_config.json. end_id: the token at which an answer ends."""
+    """Write config.json and generation_config.json. ends: the tokens at which an answer ends."""
     model.generation_config.bos_token_id = tokenizer.bos_token_id
-    model.generation_config.eos_token_id = end_id  # so that plain transformers stops there, too
+    model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]  # plain transformers stops there, too
     model.generation_config.pad_token_id = tokenizer.eos_token_id
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(directory)
@@ -330,6 +330,7 @@ def save_tokenizer(tokenizer, directory: Path, chat_template: Optional[str] = No
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["clean_up_tokenization_spaces"] = False  # else other tools lose spaces where they decode `x != y`
     if chat_template is not None:
         for name in CHAT_TEMPLATES:  # transformers prefers them to the one in tokenizer_config.json
             (directory / name).unlink(missing_ok=True)

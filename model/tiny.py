@@ -163,7 +163,8 @@ def _save_tokenizer(tokenizer, settings, folder):
     specials = {token["id"]: {key: value for key, value in token.items() if key != "id"} for token in added}
     settings = {**settings, "added_tokens_decoder": specials, "model_input_names": ["input_ids", "attention_mask"]}
     _save_json(content, folder / "tokenizer.json")
-    _save_json({**settings, "clean_up_tokenization_spaces": False}, folder / "tokenizer_config.json")
+    settings.setdefault("clean_up_tokenization_spaces", False)
+    _save_json(settings, folder / "tokenizer_config.json")
 
 
 def _save_model(settings, folder, seed):

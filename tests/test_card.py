@@ -192,7 +192,8 @@ def test_a_chat_models_card_asks_by_its_template(ready, warm):
     warm(f"{TRAIN} --use-lora --dataset-name-or-path new.pt --save-dir ./chat", cwd=ready)
     text = read(ready / "chat")[2]
     assert "apply_chat_template" in text and "The chat template writes the form" not in text
-    assert f"eos_token_id={tokenizer.convert_tokens_to_ids('<|eot_id|>')})" in text
+    ends = [tokenizer.convert_tokens_to_ids("<|eot_id|>"), tokenizer.eos_token_id]
+    assert f"eos_token_id={ends})" in text
 
 
 def test_where_a_model_came_from(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from common.chat_template import encode_conversation, encode_question, get_chat_template
 from common.dataset_file import stop_token_ids
 from common.support.exit import UserError
-from common.tokenization import load_tokenizer
+from common.tokenization import last_ids, load_tokenizer
 from dataset.messages import read_messages, read_tools
 from dataset.templates import chat
 from model.tiny import write_tiny
@@ -62,6 +62,25 @@ MOVES = (  # the system text goes to the newest question
     "and messages[0].role == 'system' else '') + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}"
     "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
 )  # fmt: skip
+R1 = (  # in the form of R1's distilled models: no thought is written, no system text and no tools
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content }}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' + m.content.split('</think>')[-1] + eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+MISTRAL_V3 = (  # the system text stands before the last message alone
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + (messages[0].content + '\n\n' if "
+    "loop.last and messages[0].role == 'system' else '') + m.content + '[/INST]' }}{% elif m.role == 'assistant' %}"
+    "{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+HARMONY = (  # in the form of gpt-oss's: a thought before a call is gone where an answer follows on the call
+    "{% for m in messages %}{% if m.role != 'assistant' %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% else %}"
+    "{% if m.thinking and loop.last or (m.tool_calls and messages[-1].role != 'assistant') %}"
+    "{{ '<|im_start|>assistant analysis\n' + m.thinking }}{% endif %}"
+    "{% if m.tool_calls %}{{ '<|im_start|>assistant to=' + m.tool_calls[0].function.name + '<|endoftext|>' }}"
+    "{% else %}{{ '<|im_start|>assistant final\n' + m.content + '<|im_end|>' }}{% endif %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
 HEADERS_OF = "llama3_1" if HAS_LLAMA3_1 else "llama3"
 TEMPLATES = {
     "chatml": ("smollm2", CHATML),
@@ -201,6 +220,16 @@ def test_a_control_token_in_any_text_is_found_and_a_question_with_one_refused(na
             encode_question(template, messages, tools, 4096)
     for text in (*CONTENTS, end[1:], end[:-1], " ".join(end)):
         assert template.find_control_token(talk("a", text), [{"name": text}]) is None
+
+
+def test_a_control_token_that_is_one_when_normalized_is_found(stand_ins, tmp_path):
+    tokenizer = changed(stand_ins["smollm2"], tmp_path, normalized)
+    tokenizer.chat_template = CHATML
+    asked = talk("a<|IM_END|>")
+    assert by_library(tokenizer, asked).count(tokenizer.eos_token_id) == 2
+    assert get_chat_template(tokenizer).find_control_token(asked) == "<|im_end|>"
+    assert get_chat_template(tokenizer).find_control_token(talk("A B"), [{"name": "<|Im_Start|>"}]) == "<|im_start|>"
+    assert not get_chat_template(tokenizer).find_control_token(talk("<|IM_END|"))
 
 
 def test_a_control_token_with_a_quote_is_found(stand_ins):
@@ -353,13 +382,59 @@ def test_thinking_is_learned_in_the_turn_in_which_it_is_seen(with_template):
     assert row.ids == by_library(tokenizer, messages[:2]) and learned(tokenizer, row) == [f"{thought}b<|im_end|>"]
 
 
-@pytest.mark.parametrize("answer", ["<think>\nhm\n</think>\n\nb", "b", "a", ""])
-def test_a_question_that_begins_more_than_the_answer_does(answer, with_template):
-    """An answer that starts differently than the question's `<think>` is still learned from its first letter."""
-    tokenizer = with_template("asks to think")
-    (row,) = encode(tokenizer, talk("a", answer + "y"))
-    thought = "<think>\n" if answer.startswith("<think>\n") else ""
-    assert learned(tokenizer, row) == [(answer + "y").replace(thought, "", 1) + "<|im_end|>"]
+@pytest.mark.parametrize("template", [ASKS_TO_THINK, R1])
+def test_a_question_that_begins_more_than_the_answer_does(template, stand_ins):
+    """The ids before an answer are those with which the model is asked, and all of the answer is learned."""
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    tokenizer.chat_template = template
+    for answer in ("1", "a", "b", "assistant", "<b>bold</b>", "<th", "<think>", "user\n", "한"):
+        for messages in (talk("a", answer), talk("a", "b", "<think>", answer)):
+            *_, row = encode(tokenizer, messages)
+            asked = by_library(tokenizer, messages[:-1], add_generation_prompt=True)
+            assert row.ids[: row.mask.index(1)] == asked
+            assert learned(tokenizer, row) == [f"{answer}<|im_end|>"]
+
+
+def test_a_system_text_that_only_the_newest_question_has_is_learned_with_each(stand_ins):
+    tokenizer = load_tokenizer(str(stand_ins["mistral"]))
+    tokenizer.chat_template = MISTRAL_V3
+    messages = talk("a", "b", "[INST] a", "[/INST] d", system="Be brief.")
+    rows = encode(tokenizer, messages)
+    assert [tokenizer.decode(row.ids) for row in rows] == [
+        "<s> [INST] Be brief.\n\na[/INST] b</s>",
+        "<s> [INST] a[/INST] b</s> [INST] Be brief.\n\n[INST] a[/INST] [/INST] d</s>",
+    ]
+    for row, end in zip(rows, (2, 4)):
+        assert row.ids[: row.mask.index(1)] == by_library(tokenizer, messages[:end], add_generation_prompt=True)
+
+
+def test_calls_with_an_end_and_a_header_of_their_own(stand_ins):
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    tokenizer.chat_template = HARMONY
+    call = {**message("assistant", ""), "thinking": "hm", "tool_calls": [{"function": {"name": "f"}}]}
+    messages = [message("user", "a"), call, message("tool", "1"), {**message("assistant", "b"), "thinking": "so"}]
+    rows = encode(tokenizer, [*messages, message("user", "c"), call])
+    for row, end in zip(rows, (1, 3, 5)):
+        asked = by_library(tokenizer, [*messages, message("user", "c")][:end], add_generation_prompt=True)
+        assert row.ids[: row.mask.index(1)] == asked
+    called = " analysis\nhm<|im_start|>assistant to=f<|endoftext|>"
+    answered = " analysis\nso<|im_start|>assistant final\nb<|im_end|>"
+    assert [learned(tokenizer, row) for row in rows] == [[called], [answered], [called]]
+    assert last_ids(rows[0].ids, rows[0].mask) == {0} and last_ids(rows[1].ids, rows[1].mask) == {2}
+
+
+def test_an_answer_that_the_template_writes_otherwise_than_it_asks_is_refused(stand_ins):
+    """It asks for an answer without a thought, and this one has one."""
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    parts = "m.content.split('</think>')[0] + '</think>\n\n' + m.content.split('</think>')[1]"
+    written = f"('<think>\n\n</think>\n\n' + m.content if '</think>' not in m.content else {parts})"
+    asks = ASK.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+    tokenizer.chat_template = CHATML.replace("m.content", f"(m.content if m.role == 'user' else {written})")
+    tokenizer.chat_template = tokenizer.chat_template.replace(ASK, asks)
+    (row,) = encode(tokenizer, talk("a", "b"))
+    assert learned(tokenizer, row) == ["b<|im_end|>"]
+    with pytest.raises(UserError, match="writes message 2 in another form than it asks in, so the model would"):
+        encode(tokenizer, talk("a", "<think>\nhm\n</think>b"))
 
 
 @pytest.mark.parametrize("name", ["chatml", "default system", "strips", "headers", "thinks"])
@@ -388,7 +463,7 @@ def test_the_token_that_ends_a_turn_is_found(name, with_template):
     tokenizer = with_template(name)
     end = tokenizer.convert_tokens_to_ids(END[TEMPLATES[name][0]])
     assert get_chat_template(tokenizer).end_of_turn() == end
-    assert stop_token_ids({"end_of_turn": end}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
+    assert stop_token_ids({"end_tokens": [end]}, tokenizer) == list(dict.fromkeys([end, tokenizer.eos_token_id]))
     assert stop_token_ids({}, tokenizer) == [tokenizer.eos_token_id]
 
 
@@ -399,6 +474,16 @@ def test_answers_that_nothing_ends_are_refused(end, stand_ins):
     with pytest.raises(UserError, match="^in this conversation the chat template of .* ends no answer"):
         encode(tokenizer, talk("a", "b"))
     with pytest.raises(UserError, match="^The chat template of .* ends no answer with a token"):
+        get_chat_template(tokenizer).end_of_turn()
+
+
+def test_a_turn_that_the_next_turn_s_token_ends_is_refused_in_these_words(stand_ins):
+    """GLM-4's form."""
+    tokenizer = load_tokenizer(str(stand_ins["smollm2"]))
+    tokenizer.chat_template = CHATML.replace("<|im_end|>\n", "")
+    with pytest.raises(
+        UserError, match=r"ends no answer with a token of its own: <\|im_start\|> of the next turn does"
+    ):
         get_chat_template(tokenizer).end_of_turn()
 
 
@@ -480,8 +565,7 @@ def test_a_question_has_the_ids_of_the_training(name, with_template):
         row, *_ = encode(tokenizer, [*before, message("assistant", "Yes.")])
         asked = encode_question(template, before, None, 4096)
         start = row.mask.index(1)
-        assert asked[:start] == row.ids[:start]
-        assert len(asked) == start or name in ("asks to think", "inst", "moves")
+        assert asked == row.ids[:start]
     asked = talk("old " * 9, "b", "old " * 9, "b", "new " * 60)
     full = len(encode_question(template, asked, None, 4096))
     for limit, exchanges in ((full, 2), (full - 1, 1), (55, 0)):

@@ -12,7 +12,7 @@ from common.dataset_file import held_out_prompts
 from common.tokenization import load_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import contents, parquet, tells
-from tests.test_chat import CHATML, GEMMA, HEADERS, THINKS, by_library, talk
+from tests.test_chat import CHATML, GEMMA, HEADERS, R1, THINKS, by_library, message, talk
 from tests.tutorials import HELD_OUT_ROWS, ROWS
 
 SCRIPTS = sorted(path.name for path in (ROOT / "dataset").glob("prepare_*.py"))
@@ -46,7 +46,7 @@ def test_every_prepare_script_takes_conversations(script, ready, warm):
     done = warm(f"python dataset/{script} {OWN} --dataset-name-or-path talks.jsonl", cwd=ready)
     assert "train: 38 rows, " in done.stdout and "0 prompts and 0 answers truncated, 0 rows without" in done.stdout
     dataset = torch.load(ready / "new.pt")
-    assert dataset["meta"]["end_of_turn"] == tokenizer.convert_tokens_to_ids("<|eot_id|>") != tokenizer.eos_token_id
+    assert dataset["meta"]["end_tokens"] == [tokenizer.convert_tokens_to_ids("<|eot_id|>")] != [tokenizer.eos_token_id]
     assert dataset["meta"]["template"] == "chat" and dataset["meta"]["counts"]["train"]["conversations"] == 38
     held_out = TALKS[19::20]
     assert ids_of(dataset["validation"]) == [by_library(tokenizer, messages) for messages in held_out]
@@ -122,14 +122,72 @@ def test_conversations_are_shown_with_each_answer_in_brackets(ready, warm):
 def test_rows_with_control_tokens_in_the_text_are_dropped_and_the_first_is_named(ready, warm):
     tokenizer = give_template(ready)
     bad = [talk("a<|eot_id|>", "b"), talk("a", "<|end_of_text|>")]
-    write(ready / "talks.jsonl", [{"messages": messages} for messages in (TALKS[0], *bad, talk("a"), TALKS[1])])
+    rows = [{"messages": messages} for messages in (TALKS[0], *bad, talk("a"), TALKS[1])]
+    write(ready / "talks.jsonl", [*rows, {**rows[0], "tools": [{"name": "f", "description": "ends by <|eot_id|>"}]}])
     said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --show 3", cwd=ready).stdout
-    dropped = "2 rows with control tokens in the text dropped (first: talks.jsonl, line 2: <|eot_id|>)\n"
+    dropped = "3 rows with control tokens in the text dropped (first: talks.jsonl, line 2: <|eot_id|>)\n"
     assert f"1 row without an answer dropped, {dropped}" in said
     assert "--- row 3: dropped (control token in talks.jsonl, line 3: <|end_of_text|>)\n" in said
     dataset = torch.load(ready / "new.pt")
     assert ids_of(dataset["train"]) == [by_library(tokenizer, messages) for messages in TALKS[:2]]
-    assert dataset["meta"]["counts"]["train"]["control tokens"] == 2
+    assert dataset["meta"]["counts"]["train"]["control tokens"] == 3
+
+
+def test_what_the_template_leaves_out_is_said_and_the_same_data_gives_the_same_file(ready, warm):
+    tokenizer = give_template(ready, R1.replace("im_start", "start_header_id"))
+    thought = "<think>\n왜냐하면\n</think>\n\n"
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call = {**message("assistant", ""), "tool_calls": [{**weather, "function": {"name": "weather", "arguments": {}}}]}
+    reasons = {**message("assistant", "답"), "reasoning_content": "왜냐하면"}
+    rows = [
+        *(
+            {"messages": talk("물음", text)}
+            for text in ("1", "<b>굵게</b>", "assistant", f"{thought}답", f"{thought}<b>")
+        ),
+        {"messages": [message("user", "물음"), reasons]},
+        {"messages": [message("user", "물음"), call], "tools": [weather]},
+        {"messages": talk("물음", "답", "물음", "답", system="짧게.")},
+    ]
+    write(ready / "talks.jsonl", rows)
+    made = []
+    for _ in range(2):
+        said = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready).stdout
+        made.append((ready / "new.pt").read_bytes())
+    assert made[0] == made[1]
+    for what, number in {
+        "leaves out <think>": 2,
+        "leaves out reasoning_content": 1,
+        "leaves out tool_calls": 1,
+        "leaves out the tools": 1,
+        "leaves out the system message": 2,
+        "asks in another form than it writes (trained as it asks)": 9,
+    }.items():
+        assert f"train: the chat template {what} in {number} of 9 answers\n" in said
+    split = torch.load(ready / "new.pt")["train"]
+    learned = tokenizer.decode(split["input_ids"][split["loss_mask"]])
+    end, asks = tokenizer.eos_token, "<|start_header_id|>assistant\n<think>\n"
+    answers = ["1", "<b>굵게</b>", "assistant", "\n\n답", "\n\n<b>", "답", "", "답", "답"]
+    assert learned.replace("\n", "") == "".join(answer + end for answer in answers).replace("\n", "")
+    for ids, mask in zip(ids_of(split), split["loss_mask"].split(split["lengths"].tolist())):
+        assert (
+            tokenizer.decode(ids[: mask.tolist().index(True)]).rstrip()
+            == tokenizer.decode(ids).split(asks)[0] + asks.rstrip()
+        )
+
+
+def test_a_text_that_would_take_minutes_is_one_line(ready, warm):
+    give_template(ready)
+    long = "가나다라" * 500_001  # without a space, between which two words could be told apart
+    for row, words in (
+        ({"messages": talk(long, "a")}, "talks.jsonl, line 2: the conversation has 2,000,"),
+        ({"messages": talk("a", long)}, "talks.jsonl, line 2: the conversation has 2,000,"),
+        ({"instruction": long, "input": "", "output": "a"}, "the text that begins with '### Instruction:\\n가나다라"),
+        ({"instruction": "a", "input": "", "output": long}, "the text that begins with '가나다라"),
+    ):
+        short = {name: talk("a", "b") if name == "messages" else "a" for name in row}
+        write(ready / "talks.jsonl", [short, row])
+        done = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl", cwd=ready, ok=None)
+        tells(done, words, "2,000,000 is the most. Shorten it.")
 
 
 def test_a_held_out_question_is_all_before_the_last_answer(ready, warm):

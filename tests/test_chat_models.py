@@ -44,10 +44,30 @@ def test_the_end_of_a_turn_is_the_end_token_of_the_result(memorized):
     tokenizer = load_tokenizer(str(memorized / "chat"))
     settings = json.loads((memorized / "chat" / "generation_config.json").read_text(encoding="utf-8"))
     end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    assert settings["eos_token_id"] == end != tokenizer.eos_token_id
+    assert settings["eos_token_id"] == [end, tokenizer.eos_token_id]
     assert tokenizer.chat_template == PLAIN  # and the template comes along
     run = json.loads((memorized / "chat" / "run.json").read_text(encoding="utf-8"))
-    assert (run["dataset"]["template"], run["dataset"]["end_of_turn"]) == ("chat", end)
+    assert (run["dataset"]["template"], run["dataset"]["end_tokens"]) == ("chat", [end])
+
+
+def test_all_ends_are_saved_and_stop_an_answer(ready, warm):
+    """Those of texts and of tool calls, and the base model's own."""
+    call_end, own = "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"
+    tokenizer = give_template(ready, PLAIN.replace("'<|eot_id|>'", f"('{call_end}' if m.tool_calls else '<|eot_id|>')"))
+    ids = tokenizer.convert_tokens_to_ids(["<|eot_id|>", call_end, tokenizer.eos_token, own])
+    base = {"eos_token_id": ids[2:]}
+    (ready / "llama3-8b" / "generation_config.json").write_text(json.dumps(base), encoding="utf-8")
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    rows = [[TALK[1], call], [TALK[1], call, {"role": "tool", "content": "맑음"}, TALK[2]], TALK[1:3]]
+    write(ready / "talks.jsonl", [{"messages": messages} for messages in rows])
+    warm(PREPARE, cwd=ready)
+    assert torch.load(ready / "llama3_dataset.pt")["meta"]["end_tokens"] == ids[:2]
+    warm("python tutorial/train_llama3.py --max-train-steps 1 --eval-rows 0 --save-dir ./new", cwd=ready)
+    path = ready / "new" / "generation_config.json"
+    assert json.loads(path.read_text(encoding="utf-8"))["eos_token_id"] == ids
+    path.write_text(json.dumps({"eos_token_id": list(range(len(tokenizer)))}), encoding="utf-8")
+    said = warm(f"{ASK} --model-name-or-path ./new --prompt a", cwd=ready).stdout
+    assert "(stopped at --max-new-tokens" not in said  # after one token, whatever it is
 
 
 @pytest.mark.parametrize(
@@ -150,9 +170,8 @@ def test_evaluate_asks_for_the_last_answer_and_stops_on_the_end_of_a_turn(memori
     assert "Answer in the data" in done.stdout and "그럼 서울은?" in done.stdout
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_answers_of_a_chat_end_by_themselves(ends, memorized):
-    from common.dataset_file import stop_token_ids
+def test_answers_of_a_chat_end_by_themselves(memorized):
+    """By what lies in the directory of the model."""
     from common.device import start_device
     from model.generate import generate_answers
     from model.load import load_model
@@ -161,10 +180,8 @@ def test_answers_of_a_chat_end_by_themselves(ends, memorized):
     tokenizer, dataset = load_tokenizer(str(memorized / "chat")), torch.load(memorized / "llama3_dataset.pt")
     prompts = [prompt for prompt, _ in held_out_prompts(dataset, "it", tokenizer, 2)]
     model = load_model(str(memorized / "chat"), device.torch_device)
-    known = stop_token_ids(dataset["meta"], tokenizer) if ends else []
-    answers = generate_answers(model, tokenizer, prompts, 20, known)
-    assert [ended for _, ended in answers] == [ends, ends]
-    assert [text.strip() == "비가 와요." for text, _ in answers] == [ends, ends]
+    answers = generate_answers(model, tokenizer, prompts, 20)
+    assert [(text.strip(), ended) for text, ended in answers] == [("비가 와요.", True)] * 2
 
 
 def test_an_adapter_and_what_is_merged_of_it(memorized, tmp_path, warm):
@@ -178,7 +195,8 @@ def test_an_adapter_and_what_is_merged_of_it(memorized, tmp_path, warm):
     words = "--model-name-or-path ./adapter --save-dir ./merged"
     warm(f"python tutorial/merge_adapter.py {words}", cwd=folder)
     settings = json.loads((folder / "merged" / "generation_config.json").read_text(encoding="utf-8"))
-    assert settings["eos_token_id"] == load_tokenizer(str(folder / "merged")).convert_tokens_to_ids("<|eot_id|>")
+    tokenizer = load_tokenizer(str(folder / "merged"))
+    assert settings["eos_token_id"] == [tokenizer.convert_tokens_to_ids("<|eot_id|>"), tokenizer.eos_token_id]
     words = "--model-name-or-path ./adapter --dataset-name-or-path ./llama3_dataset.pt --rows 1 --max-new-tokens 4"
     assert "비가 와요." in warm(f"python tutorial/compare_adapter.py {words}", cwd=folder).stdout
 

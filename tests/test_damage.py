@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from common.dataset_file import load_dataset
+from common.dataset_file import digest_of_meta, load_dataset
 from common.support.exit import UserError
 from common.tokenization import load_tokenizer
 from tests.helpers import PARTS
@@ -169,5 +169,18 @@ def test_an_older_file_is_one_line(whole, tmp_path):
     tokenizer, _, document = whole
     path = tmp_path / "d.pt"
     torch.save({**document, "version": 1}, path)
-    with pytest.raises(UserError, match="has format version 1, but these scripts read 2"):
+    with pytest.raises(UserError, match="has format version 1, but these scripts read 3"):
+        load_dataset(str(path), tokenizer, 128)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "said"), [("4.0.0", ", or by transformers 4.0.0, not "), (None, ", so its token ids")]
+)
+def test_a_file_of_another_tokenizer_or_version_is_one_line(made_by, said, whole, tmp_path):
+    tokenizer, _, document = whole
+    path = tmp_path / "d.pt"
+    meta = {**document["meta"], "tokenizer": "0123456789abcdef"}
+    meta["transformers"] = made_by or meta["transformers"]
+    torch.save({**document, "meta": meta, "sha256": digest_of_meta(meta)}, path)
+    with pytest.raises(UserError, match=f"made with another tokenizer .that of .*?.{said}"):
         load_dataset(str(path), tokenizer, 128)

@@ -83,9 +83,11 @@ def first(content):
 
 
 @pytest.mark.parametrize(("change", "space"), [(legacy, ""), (first, " ")])
-def test_the_space_that_sentencepiece_wants(change, space, stand_ins, tmp_path):
+def test_the_space_that_sentencepiece_wants(change, space, stand_ins, tmp_path, capsys):
     tokenizer = changed(stand_ins["mistral"], tmp_path, change)
     jinja = jinja_template(alpaca, tokenizer)
+    told = "others may tokenize the space after <s> differently" in capsys.readouterr().out
+    assert told == bool(space)
     for question in QUESTIONS:
         text = rendered(jinja, tokenizer, [user(question)])
         assert text.startswith(f"<s>{space}### Instruction:")

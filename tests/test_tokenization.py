@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from common.tokenization import Example, encode_prompt, fingerprint, load_tokeni
 from dataset.templates import alpaca, instruction, korean_alpaca, summarization
 from model.tiny import write_tiny
 from tests.helpers import KINDS, encode_rows
+from tests.test_chat import changed
+from tests.test_templates import first, legacy
 
 SAMPLES = Path(__file__).resolve().parents[1] / "dataset" / "samples"
 DATA = {
@@ -166,6 +170,40 @@ def test_fingerprints_tell_tokenizers_apart(tokenizers, tmp_path):
     assert len(set(prints.values())) == len(prints)
     write_tiny("gpt", tmp_path)
     assert fingerprint(load_tokenizer(str(tmp_path))) == prints["gpt"]
+
+
+@pytest.mark.parametrize("change", [legacy, first, None])
+def test_fingerprints_tell_versions_apart_that_tokenize_differently(change, stand_ins, tokenizers, tmp_path):
+    """A space before a text, or behind a special token, is what versions of transformers differ in."""
+    tokenizer = tokenizers["mistral"] if change is None else changed(stand_ins["mistral"], tmp_path, change)
+    alike = all(
+        tokenizer(text, add_special_tokens=add)["input_ids"]
+        == tokenizers["mistral"](text, add_special_tokens=add)["input_ids"]
+        for text in (" a", "a ", "  a  b", "\na", "a\n", "\ta", "<s>a", "<s> a")
+        for add in (True, False)
+    )
+    assert alike == (fingerprint(tokenizer) == fingerprint(tokenizers["mistral"])) == (change is not first)
+
+
+def test_a_model_trained_with_another_version_is_told(stand_ins, tmp_path, capsys):
+    folder = shutil.copytree(stand_ins["llama2"], tmp_path / "trained")
+    same = fingerprint(load_tokenizer(str(folder)))
+    for trained, told in (("4.0.0", True), (version("transformers"), False)):
+        for known in (same, "0123456789abcdef"):
+            meta = {"transformers": trained, "tokenizer": known}
+            (folder / "run.json").write_text(json.dumps({"options": {}, "dataset": meta}), encoding="utf-8")
+            load_tokenizer(str(folder))
+            said = f"{folder} was trained with transformers 4.0.0, and {version('transformers')} tokenizes some texts"
+            assert (said in capsys.readouterr().out) == (told and known != same)
+
+
+def test_no_space_is_lost_where_text_is_decoded(stand_ins, tokenizers):
+    """Llama 3's own tokenizer_config.json asks for that."""
+    settings = json.loads((stand_ins["llama3"] / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert settings["clean_up_tokenization_spaces"] is True
+    text = "if x != y : print ( 'I 'm' ) , z . n't ?"
+    for tokenizer in tokenizers.values():
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
 
 
 def test_an_example_without_text_to_cut_is_left_alone(tokenizers):

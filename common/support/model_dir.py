@@ -79,6 +79,16 @@ class ModelSource:
         return read_json(self.directory / "config.json")
 
     @property
+    def end_tokens(self) -> List[int]:
+        """The ids at which its answers end, by generation_config.json or config.json; of an adapter those that it has
+        learned, and its base model's. [] of a hub id."""
+        if self.is_adapter:
+            return self.run.get("dataset", {}).get("end_tokens", []) + ModelSource(self.base).end_tokens
+        settings = read_json(self.directory / "generation_config.json")
+        ids = settings.get("eos_token_id", self.config.get("eos_token_id", []))
+        return ids if isinstance(ids, list) else [ids]
+
+    @property
     def safetensors_files(self) -> List[Path]:
         """The files that transformers reads: model.safetensors, or else the shards."""
         single = self.directory / "model.safetensors"
