@@ -20,7 +20,7 @@ def read_messages(conversation: Conversation) -> List[dict]:
     UserError, without the row's place, for a message that is not valid: a mistyped role must not silently remove its
     text from the training data.
     """
-    messages = _parsed(clean_cell(conversation.messages)) or []
+    messages = clean_cell(conversation.messages) or []
     if isinstance(messages, dict) and messages and all(isinstance(column, list) for column in messages.values()):
         # the library datasets stores a Sequence of objects as an object of lists
         messages = [dict(zip(messages, values)) for values in zip(*messages.values())]
