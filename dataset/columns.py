@@ -50,6 +50,11 @@ def clean_cell(value):
     return value
 
 
+def is_filled(value) -> bool:
+    """Whether a cell holds something."""
+    return clean_cell(value) not in ("", [], {})
+
+
 def to_text(value) -> str:
     """The value of a cell as text: numbers, dates and labels as Python writes them. TypeError(value) for a list,
     an object, or bytes that are not UTF-8."""
@@ -95,6 +100,13 @@ def asked_columns(template: Callable, row: dict) -> Dict[str, bool]:
     with suppress(Exception):  # A template may need more than that the column is there.
         template(recorder)
     return recorder.asked
+
+
+def unused_columns(template: Callable, row: dict) -> List[str]:
+    """The columns that hold something for which the template does not ask."""
+    asked = asked_columns(template, row)
+    # The index that pandas writes has no name.
+    return [name for name, value in row.items() if name and name not in asked and is_filled(value)]
 
 
 def missing_columns(template: Callable, row: dict) -> List[str]:

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from itertools import groupby, islice
 from operator import itemgetter, length_hint
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Set
 from unicodedata import is_normalized, normalize
 
 from common.chat_template import Conversation, encode_conversation, get_chat_template
@@ -19,14 +19,14 @@ from common.tokenization import Encoded, Example, encode_examples, fingerprint
 from common.train_log import with_progress
 from dataset.columns import (
     apply_template,
-    asked_columns,
-    clean_cell,
+    is_filled,
     join_names,
     missing_columns,
     rename_columns,
     require_asked,
     row_location,
     to_text,
+    unused_columns,
 )
 from dataset.messages import parse_arguments, read_messages, read_tools
 from dataset.sources import Source
@@ -94,12 +94,9 @@ def report(meta: dict, encoder: RowEncoder) -> None:
     """Print what of the data will be missing in the model, or is unusual."""
     if encoder.unused:
         print(f"Columns not used: {join_names(encoder.unused)}")
-    decomposed = sum(counts.get("decomposed", 0) for counts in meta["counts"].values())
-    if decomposed:
-        print(
-            f"Unicode NFD (letters in parts, as macOS writes them) in {_num_rows(decomposed)}: a model knows whole "
-            'letters. Write the texts again with unicodedata.normalize("NFC", text).'
-        )
+    if encoder.decomposed:
+        rows = _num_rows(len(encoder.decomposed))
+        print(f'{rows} with letters in parts, as macOS writes them: join them by unicodedata.normalize("NFC", text)')
     if not encoder.is_chat and not meta["chat_template"]:
         print(
             f"No chat template will be saved with the model: {encoder.template.__name__} has no Jinja form (inference "
@@ -112,14 +109,14 @@ class EncodedRow(NamedTuple):
 
     encoded: List[Encoded]  # its rows in the dataset file, none if it is dropped
     control_token: str = ""  # if it is dropped because of one in its text: "my.jsonl, line 12: <|im_end|>"
-    decomposed: bool = False  # whether letters of its text are in parts (Unicode NFD)
 
 
 class RowEncoder:
     """Makes token ids of rows.
 
     columns: {name that the template asks for: name in the data}; is_chat: whether the template returns Conversations.
-    `unused` are the columns, and keys of messages, that hold something in a row that was encoded and were not used.
+    `unused` are the columns and keys of messages that hold something and were not used; `decomposed` the places of
+    rows that have letters in parts (Unicode NFD).
     """
 
     def __init__(self, template: Callable, tokenizer, block_size: int, columns: Dict[str, str], is_chat: bool = False):
@@ -128,7 +125,8 @@ class RowEncoder:
         self.block_size = block_size
         self.columns = columns
         self.is_chat = is_chat
-        self.unused: Dict[str, bool] = {}  # a dict keeps their order
+        self.unused: Dict[str, None] = {}  # a dict keeps their order
+        self.decomposed: Set[str] = set()
 
     def encode(self, rows: List[dict]) -> List[EncodedRow]:
         """For each row the rows of the dataset file that it becomes: none without an answer, and of a conversation one
@@ -136,25 +134,24 @@ class RowEncoder:
         rows = [rename_columns(row, self.columns) for row in rows]
         made = [apply_template(self.template, row) for row in rows]
         for row in rows:
-            asked = asked_columns(self.template, row)
-            self._note_unused(name for name, value in row.items() if name and name not in asked and _is_filled(value))
+            self.unused.update(dict.fromkeys(unused_columns(self.template, row)))
         if self.is_chat:
             return [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
         return self._encode_examples(rows, made)
 
-    def _note_unused(self, names: Iterable[str]) -> None:
-        self.unused.update(dict.fromkeys(names, True))
+    def _note_decomposed(self, row: dict, texts: List[str]) -> None:
+        if any(not is_normalized("NFC", text) and len(normalize("NFC", text)) < len(text) for text in texts):
+            self.decomposed.add(row_location(row))
 
     def _encode_examples(self, rows: List[dict], examples: List[Example]) -> List[EncodedRow]:
         for row, example in zip(rows, examples):
-            if not example.answer.strip() and any(_is_filled(row.get(name)) for name in MESSAGE_COLUMNS):
-                raise UserError(
-                    f"{row_location(row)} has messages, but the first row has question and answer. Put the rows with "
-                    "messages into a file of their own."
-                )
+            self._note_decomposed(row, [*example.prompt, example.answer])
+            unused = unused_columns(self.template, row) if not example.answer.strip() else []
+            if any(name in unused for name in MESSAGE_COLUMNS):
+                raise UserError(f"{row_location(row)} has messages, the first row has none. Make two files of them.")
         answered = [number for number, example in enumerate(examples) if example.answer.strip()]
         some = encode_examples(self.tokenizer, [examples[number] for number in answered], self.block_size)
-        encoded = [EncodedRow([], "", _is_decomposed([*example.prompt, example.answer])) for example in examples]
+        encoded = [EncodedRow([]) for _ in rows]
         for number, one in zip(answered, some):
             if sum(one.mask) == 1:  # the end token alone
                 raise UserError(f"{row_location(rows[number])}: its answer is empty after tokenization. Fix it.")
@@ -165,14 +162,14 @@ class RowEncoder:
         chat_template = get_chat_template(self.tokenizer)
         try:
             messages, tools = read_messages(conversation), read_tools(conversation)
-            self._note_unused(_unused_keys(chat_template, messages, tools, conversation.system))
+            self.unused.update(dict.fromkeys(_unused_keys(chat_template, messages, tools, conversation.system)))
+            self._note_decomposed(row, [message["content"] for message in messages])
             if chat_template.takes_objects:
                 parse_arguments(messages)
             control_token = chat_template.find_control_token(messages, tools)
             if control_token:
                 return EncodedRow([], f"{row_location(row)}: {control_token}")
-            encoded = encode_conversation(chat_template, messages, tools, self.block_size)
-            return EncodedRow(encoded, "", _is_decomposed([message["content"] for message in messages]))
+            return EncodedRow(encode_conversation(chat_template, messages, tools, self.block_size))
         except UserError as error:
             raise UserError(f"{row_location(row)}: {error}") from None
 
@@ -186,17 +183,8 @@ def _unused_keys(chat_template, messages: List[dict], tools, system) -> Iterator
         yield "system"  # the messages have another one
     for key, value in (item for message in messages for item in message.items()):
         is_used = key in ("role", "content") or (key == "weight" and value in (0, 1))
-        if not is_used and _is_filled(value) and not re.search(rf"\b{re.escape(key)}\b", source):
+        if not is_used and is_filled(value) and not re.search(rf"\b{re.escape(key)}\b", source):
             yield f"messages.{key}"
-
-
-def _is_filled(value) -> bool:
-    return clean_cell(value) not in ("", [], {})
-
-
-def _is_decomposed(texts: List[str]) -> bool:
-    """Whether letters in the texts are in parts, which Unicode's NFC joins."""
-    return any(not is_normalized("NFC", text) and len(normalize("NFC", text)) < len(text) for text in texts)
 
 
 def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: SplitWriter) -> Counter:
@@ -219,8 +207,6 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
                 counts["tokens"] += len(one.ids)
                 counts["prompts cut"] += one.prompt_truncated
                 counts["answers cut"] += one.answer_truncated
-            if row.decomposed:
-                counts["decomposed"] += 1
     print(f"{name}: {summary_line(counts, first_control_token)}")
     return counts
 

@@ -49,22 +49,23 @@ class Questions(NamedTuple):
         positions, _ = positions_and_embeddings(args.model_name_or_path)
         room = max_prompt_tokens(positions, args.max_new_tokens)
         limit = sys.maxsize if self.answers else room
+        first = self.answers.answered if self.answers else 0
         prompts = []
-        for row in range(self.answers.answered if self.answers else 0, len(self.asked)):
+        for asked, place in zip(self.asked[first:], self.places[first:]):
             try:
-                if chat_template:
-                    if chat_template.takes_objects:
-                        parse_arguments(self.asked[row].messages)
-                    ids = encode_question(chat_template, self.asked[row].messages, self.asked[row].tools, limit)
+                if not chat_template:
+                    ids = encode_prompt(tokenizer, asked, limit)
                 else:
-                    ids = encode_prompt(tokenizer, self.asked[row], limit)
+                    if chat_template.takes_objects:
+                        parse_arguments(asked.messages)
+                    ids = encode_question(chat_template, asked.messages, asked.tools, limit)
                 if len(ids) > room:
                     raise UserError(
                         f"its prompt takes {len(ids)} tokens, and with --max-new-tokens {args.max_new_tokens} the "
                         f"model has room for {room}. Shorten it, or use fewer new tokens."
                     )
             except UserError as error:
-                raise UserError(f"{self.places[row]}: {error}") from None
+                raise UserError(f"{place}: {error}") from None
             prompts.append(ids)
         return prompts
 
@@ -72,9 +73,9 @@ class Questions(NamedTuple):
 def load_questions(args, template: Callable, question: dict) -> Questions:
     """`question`, a row without its answer; or with `args.save_path` the rows of `args.prompt_file`.
 
-    In a file, a row's `prompt` stands for the first column of `question`, and the other columns that a row lacks are
-    those of `question`. UserError for a row that cannot be asked, and for answers that cannot be resumed. Ends the
-    script if all rows are answered.
+    In a file, a row's `prompt` stands for the first column of `question` (in a chat for `instruction`), and the other
+    columns that a row lacks are those of `question`. UserError for a row that cannot be asked, and for answers that
+    cannot be resumed. Ends the script if all rows are answered.
     """
     ask = _conversation if template is chat else _example
     if not args.save_path:

@@ -131,21 +131,15 @@ def read_rows(path: Path) -> List[Row]:
 def _read_folder(folder: Path) -> Dict[str, List[Row]]:
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     files = {split: _files_of_split(folder, split, names) for split in ("train", "validation")}
-    if not files["train"] and not {"dataset_info.json", "dataset_dict.json"}.isdisjoint(names):
-        raise UserError(
-            f"{folder} was written by save_to_disk. Open it with datasets.load_from_disk and write its rows into a "
-            "folder: .to_json of a split, as train.jsonl."
-        )
     if not files["train"]:
-        raise UserError(
-            f"{folder} has no train.jsonl (.json, .csv, .parquet), it has: {join_names(names)}. Name the file so."
-        )
+        advice = "Name the file so."
+        if "dataset_info.json" in names or "dataset_dict.json" in names:
+            advice = 'Write it again: datasets.load_from_disk("...")["train"].to_json("train.jsonl").'
+        raise UserError(f"{folder} has no train.jsonl (.json, .csv, .parquet), it has: {join_names(names)}. {advice}")
     others = [name for name in names if name not in (*files["train"], *files["validation"], "README.md", "LICENSE")]
     if others:
-        print(
-            f"Not read in {folder}: {join_names(others)}. Only train and validation are read (.jsonl, .json, .csv, "
-            ".parquet): rename or unpack others."
-        )
+        advice = "Rename or unpack what shall be train or validation (.jsonl, .json, .csv, .parquet)."
+        print(f"Not read in {folder}: {join_names(others)}. {advice}")
     return {split: [row for name in some for row in read_rows(folder / name)] for split, some in files.items() if some}
 
 
@@ -179,18 +173,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _is_cp949(content: bytes) -> bool:
-    """Whether it is Korean text in CP949. Text of several lines of which some are UTF-8 is rather a damaged file."""
-    if any(not line.isascii() and _decodes(line, "utf-8") for line in content.splitlines()):
+    """Whether it is Korean text in CP949. If some lines are UTF-8, it is a damaged file."""
+    lines = [line for line in content.splitlines() if not line.isascii()]
+    if not lines or any(line.decode("utf-8", "ignore").encode() == line for line in lines):
         return False
-    return _decodes(content, "cp949") and bool(re.search("[가-힣]", content.decode("cp949")))
-
-
-def _decodes(content: bytes, encoding: str) -> bool:
-    try:
-        content.decode(encoding)
-    except UnicodeDecodeError:
-        return False
-    return True
+    text = content.decode("cp949", "ignore")
+    return text.encode("cp949") == content and bool(re.search("[가-힣]", text))
 
 
 class JsonNumber(float):
@@ -351,6 +339,8 @@ def _load_from_hub(name: str) -> Tuple[Dict[str, HubRows], Source]:
     if "train" not in loaded:
         raise UserError(f"The dataset {name} has no split named train, it has: {', '.join(loaded)}.")
     splits = {split: HubRows(f"{name}, {split}", loaded[split]) for split in ("train", "validation") if split in loaded}
+    if len(splits) == 1 and len(loaded) > 1:  # its validation split may have another name
+        print(f"Not read in {name}: {join_names(split for split in loaded if split != 'train')}.")
     return splits, Source(f"{name} at {revision or 'an unknown revision'}", card)
 
 

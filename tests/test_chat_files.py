@@ -295,7 +295,7 @@ def test_a_null_column_is_a_missing_one(ready, warm):
     assert all(one == made[0] for one in made)
     write(ready / "null.jsonl", [{name: row.get(name) for name in names} for row in rows[1:]])
     done = warm(f"{PREPARE} --dataset-name-or-path null.jsonl", cwd=ready, ok=None)
-    tells(done, "null.jsonl, line 2 has messages, but the first row has question and answer")
+    tells(done, "null.jsonl, line 2 has messages, the first row has none")
 
 
 def test_tools_of_a_table_and_arguments_of_json_text_are_those_of_json_lines(ready, warm):
