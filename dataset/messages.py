@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from typing import List, Optional
 
-from common.chat_template import SYSTEM_ROLES, Conversation
+from common.chat_template import SYSTEM_ROLES, ChatTemplate, Conversation
 from common.support.exit import UserError
 from dataset.columns import clean_cell, join_names, to_text
 
@@ -49,19 +49,17 @@ def read_history(history) -> List[list]:
     return turns
 
 
-def parse_arguments(messages: List[dict]) -> None:
-    """Make objects of the arguments of tool calls that are JSON text, as OpenAI's interface gives them."""
+def parse_arguments(messages: List[dict], chat_template: ChatTemplate) -> None:
+    """Make objects of the arguments of tool calls that are JSON text, as OpenAI's interface gives them, if the chat
+    template takes objects. UserError, without the row's place, if they are no JSON object."""
     for number, message in enumerate(messages, 1):
-        calls = message.get("tool_calls")
+        calls = message.get("tool_calls") if chat_template.takes_objects else None
         for call in calls if isinstance(calls, list) else []:
-            function = call.get("function", call) if isinstance(call, dict) else {}
-            arguments = function.get("arguments") if isinstance(function, dict) else None
-            if isinstance(arguments, str):
-                function["arguments"] = _plain(_parsed(arguments.strip() or "{}"))
+            function = call.get("function", call) if isinstance(call, dict) else call
+            if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+                function["arguments"] = _plain(_parsed(function["arguments"].strip() or "{}"))
                 if not isinstance(function["arguments"], dict):
-                    raise UserError(
-                        f"the arguments of a tool call in message {number} are not a JSON object. Fix them."
-                    )
+                    raise UserError(f"the arguments of a call in message {number} are not a JSON object. Fix them.")
 
 
 def _read_message(name: str, message) -> dict:
@@ -87,7 +85,7 @@ def _read_message(name: str, message) -> dict:
         raise UserError(f"the {content_key} of {name} is {kind}. Make it one string: only text is supported.") from None
     others = _plain({key: value for key, value in message.items() if key not in (role_key, content_key)})
     if calls_tool:
-        others["tool_calls"] = _parsed(others["tool_calls"])
+        others["tool_calls"] = _plain(_parsed(message["tool_calls"]))
     return {"role": role, "content": text, **others}
 
 

@@ -164,8 +164,7 @@ class RowEncoder:
             messages, tools = read_messages(conversation), read_tools(conversation)
             self.unused.update(dict.fromkeys(_unused_keys(chat_template, messages, tools, conversation.system)))
             self._note_decomposed(row, [message["content"] for message in messages])
-            if chat_template.takes_objects:
-                parse_arguments(messages)
+            parse_arguments(messages, chat_template)
             control_token = chat_template.find_control_token(messages, tools)
             if control_token:
                 return EncodedRow([], f"{row_location(row)}: {control_token}")

@@ -53,12 +53,11 @@ class Questions(NamedTuple):
         prompts = []
         for asked, place in zip(self.asked[first:], self.places[first:]):
             try:
-                if not chat_template:
-                    ids = encode_prompt(tokenizer, asked, limit)
-                else:
-                    if chat_template.takes_objects:
-                        parse_arguments(asked.messages)
+                if chat_template:
+                    parse_arguments(asked.messages, chat_template)
                     ids = encode_question(chat_template, asked.messages, asked.tools, limit)
+                else:
+                    ids = encode_prompt(tokenizer, asked, limit)
                 if len(ids) > room:
                     raise UserError(
                         f"its prompt takes {len(ids)} tokens, and with --max-new-tokens {args.max_new_tokens} the "

@@ -315,7 +315,7 @@ def test_tools_of_a_table_and_arguments_of_json_text_are_those_of_json_lines(rea
         assert made == expected, (name, tokenizer.decode(made[0]))
     write(ready / "6.jsonl", tool_rows("no JSON"))
     done = warm(f"{PREPARE} --dataset-name-or-path 6.jsonl", cwd=ready, ok=None)
-    tells(done, "6.jsonl, line 1", "arguments of a tool call in message 2 are not a JSON object")
+    tells(done, "6.jsonl, line 1", "arguments of a call in message 2 are not a JSON object")
     # a template that joins them to its text takes them as they are written
     tokenizer = give_template(ready, WITH_TOOLS.replace("call.function.arguments | tojson", "call.function.arguments"))
     warm(f"{PREPARE} --dataset-name-or-path 4.jsonl", cwd=ready)
