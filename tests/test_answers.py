@@ -95,7 +95,7 @@ def test_a_batch_answers_as_prompts_one_at_a_time(kind, stand_ins, tmp_path, cap
         assert answer == {"n": number, "prompt": text, "answer": said, "ended": ended}
 
 
-CODE = "def f(xs):\n    for n in xs:\n        if n != 1 :\n            print('값, 👍 !')\n    return  n"
+CODE = "def f(xs):\n    for n in xs:\n        if n != 1 :\n            print('뷁쀍 👍👎 !')\n    return  n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
