@@ -14,6 +14,7 @@ from common.tokenization import max_prompt_tokens
 from common.train_log import run_facts, with_progress
 from common.trainer import total_loss
 from model.loss import CausalLMLoss, require_causal
+from model.probe import probe_ids
 
 INCOMPLETE = "\ufffd"
 MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
@@ -140,7 +141,8 @@ def generate_in_batches(
     """
     if max(map(len, prompts)) > prompt_room(model, args.max_new_tokens):
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
-    rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
+    with explain_out_of_memory("an answer", model.device, MEMORY_SAVING[1:]):
+        rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]
         with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
@@ -156,8 +158,7 @@ def padding_changes_answers(model) -> bool:
     text does; a model that does not hide the padding from all its layers changes them by a tenth of that, or more.
     """
     model.eval()
-    vocabulary = len(model.get_input_embeddings().weight)
-    padding, prompt = ((torch.arange(12, device=model.device) + vocabulary // 2) % vocabulary).view(2, 1, 6)
+    padding, prompt = probe_ids(model, 12).split(6, dim=1)
 
     def logits(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         output = model.generate(
