@@ -6,7 +6,6 @@ import math
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
-from transformers import TextStreamer
 
 from common.batches import Batches
 from common.dataset_file import stop_token_ids
@@ -16,7 +15,9 @@ from common.tokenization import max_prompt_tokens
 from common.train_log import run_facts, with_progress
 from common.trainer import total_loss
 from model.loss import CausalLMLoss, require_causal
+from model.probe import probe_ids
 
+INCOMPLETE = "\ufffd"
 MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
 
 
@@ -25,6 +26,49 @@ class Answer(NamedTuple):
 
     text: str
     ended: bool
+
+
+def decode(tokenizer, ids: List[int]) -> str:
+    """The text of `ids` with the model's own spaces, without special tokens, and without half a letter at its end.
+
+    A letter can take four tokens; while some are missing, the others are decoded as U+FFFD. SentencePiece decodes the
+    complete letters before them so as well. These are found by leaving out the last tokens.
+    """
+    texts = []
+    for left_out in range(4):
+        part = ids[: len(ids) - left_out]
+        text = tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts.append(text.rstrip(INCOMPLETE))
+        if text == texts[-1]:
+            break
+    return max(texts, key=len)
+
+
+class AnswerPrinter:
+    """Prints an answer while it is generated; `model.generate` calls it a streamer.
+
+    All tokens are decoded each time: a SentencePiece tokenizer drops a space at the beginning of what it decodes.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.ids: Optional[List[int]] = None
+        self.printed = ""
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Takes the prompt first, which is not printed, then one token at a time."""
+        if self.ids is None:
+            self.ids = []
+            return
+        self.ids += ids.tolist()
+        text = decode(self.tokenizer, self.ids)
+        if text.startswith(self.printed):
+            print(text[len(self.printed) :], end="", flush=True)
+            self.printed = text
+
+    def end(self) -> None:
+        """The answer is complete."""
+        print()
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
@@ -40,7 +84,7 @@ def generate_answers(
     max_new_tokens: int,
     ends: Sequence[int] = (),
     temperature: float = 0.0,
-    streamer: Optional[TextStreamer] = None,
+    streamer: Optional[AnswerPrinter] = None,
 ) -> List[Answer]:
     """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
 
@@ -65,7 +109,7 @@ def generate_answers(
     answers = []
     for answer in output[:, longest:].tolist():
         stop = next((number for number, token in enumerate(answer, 1) if token in ends), None)
-        answers.append(Answer(tokenizer.decode(answer[:stop], skip_special_tokens=True), stop is not None))
+        answers.append(Answer(decode(tokenizer, answer[:stop]), stop is not None))
     return answers
 
 
@@ -80,8 +124,8 @@ def stream_answer(
 ) -> str:
     """Print the answer to `prompt` token by token, below the prompt if it is shown; return the answer."""
     if show_prompt:
-        print(tokenizer.decode(prompt, skip_special_tokens=True), flush=True)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        print(decode(tokenizer, prompt), flush=True)
+    streamer = AnswerPrinter(tokenizer)
     with explain_out_of_memory("the answer", model.device, MEMORY_SAVING[1:]):
         [answer] = generate_answers(model, tokenizer, [prompt], max_new_tokens, ends, temperature, streamer)
     if not answer.ended:
@@ -92,14 +136,49 @@ def stream_answer(
 def generate_in_batches(
     model, tokenizer, prompts: List[List[int]], args, ends: Sequence[int] = (), temperature: float = 0.0
 ) -> Iterator[List[Answer]]:
-    """The answers to `prompts` in their order, `args.batch_rows` at a time, of at most `args.max_new_tokens` tokens."""
+    """The answers to `prompts` in their order, `args.batch_rows` at a time, of at most `args.max_new_tokens` tokens.
+
+    One at a time where the padding of a batch would change them.
+    """
     if max(map(len, prompts)) > prompt_room(model, args.max_new_tokens):
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
-    for start in range(0, len(prompts), args.batch_rows):
-        batch = prompts[start : start + args.batch_rows]
+    with explain_out_of_memory("an answer", model.device, MEMORY_SAVING[1:]):
+        rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
+    for start in range(0, len(prompts), rows):
+        batch = prompts[start : start + rows]
         with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
             answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature)
         yield answers
+
+
+@torch.no_grad()
+def padding_changes_answers(model) -> bool:
+    """Whether padding on the left changes what a model answers (RWKV, RecurrentGemma), which it should not.
+
+    The model itself is asked, for three tokens. Rounding changes the logits by far less than padding that is read as
+    text does; a model that does not hide the padding from all its layers changes them by a tenth of that, or more.
+    """
+    model.eval()
+    padding, prompt = probe_ids(model, 12).split(6, dim=1)
+
+    def logits(input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            max_new_tokens=3,
+            do_sample=False,
+            prefix_allowed_tokens_fn=lambda *_: [0],  # the same answer each time
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        return torch.stack(output.logits).float()
+
+    padded = torch.cat([padding, prompt], dim=1)
+    hidden = torch.cat([torch.zeros_like(padding), torch.ones_like(prompt)], dim=1)
+    alone = logits(prompt, torch.ones_like(prompt))
+    as_text = logits(padded, torch.ones_like(padded))
+    return bool((logits(padded, hidden) - alone).abs().max() > 0.05 * (as_text - alone).abs().max())
 
 
 def answer_questions(model, tokenizer, prompts: List[List[int]], answers, args, device, ends=()) -> None:

@@ -153,7 +153,7 @@ def load_model(
 def _load_plain(base: str, weight_format: WeightFormat, dtype: Optional[torch.dtype]) -> nn.Module:
     # In float32 at once where that is asked for: some models round factors that they compute when they are made.
     in_float32 = weight_format.mixed or dtype == torch.float32
-    return _from_pretrained(base, {DTYPE: torch.float32 if in_float32 else "auto"})
+    return open_checked(base, {DTYPE: torch.float32 if in_float32 else "auto"})
 
 
 def _load_quantized(
@@ -167,7 +167,7 @@ def _load_quantized(
         options[DTYPE] = "auto" if weight_format.method else dtype
         if weight_format.mixed:
             options[DTYPE] = torch.float32  # what is not quantized, see cast_and_move
-        model = _from_pretrained(base, options, weight_format.method)
+        model = open_checked(base, options, weight_format.method)
     disable_cpu_weight_packing(model)
     print_unquantized_share(model, bits)
     return model
@@ -180,7 +180,7 @@ def _load_dequantized(
     if weight_format.method == "bitsandbytes":
         model = _load_bitsandbytes(base, weight_format, device, dtype).dequantize()
     else:
-        model = _from_pretrained(base, {DTYPE: "auto"}, weight_format.method)
+        model = open_checked(base, {DTYPE: "auto"}, weight_format.method)
     forget_quantization(model)
     return model
 
@@ -190,12 +190,10 @@ def _load_bitsandbytes(
 ) -> nn.Module:
     require_bitsandbytes(f"{base}, which is stored in {weight_format.bits} bit,", device)
     options = {DTYPE: "auto", "device_map": device}
-    return _from_pretrained(base, options, "bitsandbytes", dtype if weight_format.bits == 4 else None)
+    return open_checked(base, options, "bitsandbytes", dtype if weight_format.bits == 4 else None)
 
 
-def _from_pretrained(
-    base: str, options: dict, method: str = "", compute_dtype: Optional[torch.dtype] = None
-) -> nn.Module:
+def open_checked(base: str, options: dict, method: str = "", compute_dtype: Optional[torch.dtype] = None) -> nn.Module:
     """What transformers makes of the directory. Raises UserError if that is not all, or not only, of what it contains.
 
     method: how the files are quantized. compute_dtype: of the products of a model in 4 bit, not the one in its config.
@@ -221,4 +219,7 @@ def _from_pretrained(
     unexpected = [name for name in info["unexpected_keys"] if not RECOMPUTED_BUFFERS.search(name)]
     if unexpected or info["missing_keys"]:
         raise UserError(f"The weights of {base} {explain_key_mismatch(model, unexpected, info['missing_keys'])}")
+    if model.config.model_type != config.model_type:  # Qwen3.5, Llama 4
+        name = type(model).__name__
+        print(f"{base} also reads images or sound ({config.model_type}): only its language model is loaded, as {name}.")
     return model

@@ -26,6 +26,7 @@ from common.support.compat import require_package
 from common.support.exit import UserError, short_message
 from common.support.files import weights_fingerprint
 from common.support.model_dir import ADAPTER, ModelSource
+from model.probe import largest_difference, logits_of, probe_ids
 
 LEAST_PEFT = (0, 13)  # the first that keeps an adapter in float32 on a base model in 16 bit
 KEYS_OF_PEFT_0_13 = (
@@ -320,6 +321,33 @@ def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
         raise UserError(
             f"The adapter {adapter_dir} can't be loaded on {base}: {short_message(error)}. Train it again."
         ) from None
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """The plain model with the weights W + alpha / r * B A of a peft model.
+
+    If the output layer shares its weights with the embeddings, and one of them has an adapter, each gets weights of its
+    own. Raises UserError if the logits change by more than rounding, which is coarse in 16 bit.
+    """
+    network = model.get_base_model()
+    expected = logits_of(model, probe_ids(network, 12))
+    layers = [network.get_input_embeddings(), network.get_output_embeddings()]
+    if any(hasattr(layer, "merge") for layer in layers) and layers[0].weight is layers[1].weight:
+        head = getattr(layers[1], "base_layer", layers[1])
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    with _without_warnings():
+        merged = model.merge_and_unload()
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = False
+    difference = largest_difference(logits_of(merged, probe_ids(merged, 12)), expected)
+    if not difference < (1e-3 if merged.dtype == torch.float32 else 0.1):
+        raise UserError(
+            f"The merged model is not the adapter's: its logits differ by {difference:.1%} of the largest one. Use the "
+            "adapter without merging it, or train one on other layers."
+        )
+    return merged
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from common.batches import IGNORE_INDEX
 from common.support.exit import UserError
 from common.trainer import eval_mode
 from model.packing import enable_packing, packed_inputs
+from model.probe import logits_of, probe_ids
 
 # The float32 logits that exist at once: 64 MB on a CPU, 512 MB on a GPU.
 CHUNK_ELEMENTS_ON_CPU = 2**24
@@ -34,6 +35,7 @@ class CausalLMLoss(nn.Module):
         super().__init__()
         self.model = model
         self.bits = bits
+        self.static_shapes = static_shapes
         # None: determined in the first forward, because a model in shards has no weights before that.
         self.own_head: Optional[bool] = True if static_shapes else None
 
@@ -190,16 +192,10 @@ def require_causal(model: nn.Module, model_dir: str) -> None:
     The model itself is asked: of twelve tokens the second half is replaced, and the logits of the first half must not
     change. With experts they change by rounding, because the tokens are grouped otherwise.
     """
-    vocabulary = len(model.get_input_embeddings().weight)
-    first = torch.arange(6, device=model.device) + vocabulary // 2  # special tokens are at the beginning or at the end
-    second = first + 6
-    third = first + 12
-    with eval_mode(model):
-        logits = []
-        for half in (second, third):
-            input_ids = torch.cat([first, half]) % vocabulary
-            logits.append(model(input_ids=input_ids[None], use_cache=False).logits[0].float())
-    change = (logits[0] - logits[1]).abs().amax(1)
+    first, second, third = probe_ids(model, 18).split(6, dim=1)
+    one = logits_of(model, torch.cat([first, second], dim=1))[0]
+    other = logits_of(model, torch.cat([first, third], dim=1))[0]
+    change = (one - other).abs().amax(1)
     has_experts = any("expert" in name for name, _ in model.named_parameters())
     tolerance = 0.03 if has_experts else 0.001
     if change[:6].median() > tolerance * change[6:].median():  # a single token may go to another expert

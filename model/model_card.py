@@ -45,20 +45,22 @@ TEXT_INPUTS = 'inputs = tokenizer("...", return_tensors="pt")'
 PROMPT_NOTE = "\nThe chat template writes the prompts as they were in the training.\n"
 ADAPTER_NOTE = """
 `base_model_name_or_path` in `adapter_config.json` says where the base model is. On another machine, write its directory
-there, or its name on the hub.
+there, or its name on the hub. The adapter is for the class {adapter_for}.
 """
 
 
 def write_card(
-    directory: Path, save_dir: str, made_of: dict, run: dict, is_adapter: bool, has_chat_template: bool, ends: List[int]
+    directory: Path, save_dir: str, made_of: dict, run: dict, adapter_for: str, has_chat_template: bool, ends: List[int]
 ) -> None:
     """Write the card of a model into `directory`, whose files will be moved to `save_dir`.
 
-    made_of: its base_models; run: its run.json, {} if it is not known; ends: the tokens that end an answer. A
-    README.md in `save_dir` that the user has written stays.
+    made_of: its base_models; run: its run.json, {} if it is not known; adapter_for: the class of an adapter's base
+    model, "" of a whole model; ends: the tokens that end an answer. A README.md in `save_dir` that the user has written
+    stays.
     """
     from huggingface_hub import ModelCard, ModelCardData  # not at the top: no training waits for this import
 
+    is_adapter = bool(adapter_for)
     existing = Path(save_dir) / CARD
     if existing.is_file() and OURS not in existing.read_text(encoding="utf-8", errors="replace"):
         print(f"{existing} is your own and stays: no model card is written.")
@@ -84,7 +86,7 @@ def write_card(
     if has_chat_template and meta.get("template") != "chat":
         notes += PROMPT_NOTE
     if is_adapter:
-        notes += ADAPTER_NOTE
+        notes += ADAPTER_NOTE.format(adapter_for=adapter_for)
     name = Path(save_dir).resolve().name
     body = TEMPLATE.format(
         ours=OURS,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from common.trainer import eval_mode
+from model.probe import logits_of, probe_ids
 
 PACKED = "packed"  # the name of `packed_attention` among transformers' attention implementations
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # of a config's layer_types
+WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=None, **options):
@@ -45,32 +47,48 @@ def packed_inputs(cu_seq_lens: torch.Tensor) -> dict:
     return {"cu_seq_lens_q": cu_seq_lens, "position_ids": positions[None].to(cu_seq_lens.device)}
 
 
+def attends_within_rows(model: nn.Module, longest: int) -> bool:
+    """Whether this model connects tokens by attention alone, and all of its windows hold `longest` tokens.
+
+    A state that goes from token to token (Mamba, LFM2) would go from one packed row into the next.
+    """
+    if any(getattr(module, "_is_stateful", False) for module in model.modules()):
+        return False
+    parts = [part for part in vars(model.config).values() if hasattr(part, "to_dict")]  # for text, images or sound
+    for config in (model.config, *parts):
+        if set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS:
+            return False
+        windows = [getattr(config, name, None) or longest for name in WINDOWS]
+        if min(windows) < longest:
+            return False
+    return True
+
+
 def enable_packing(model: nn.Module, longest: int) -> bool:
     """Give a model of transformers `packed_attention`; False, and no change, if it cannot take packed rows.
 
-    Rows of up to `longest` tokens must fit into the model's attention window. Then the model itself is asked: twelve
-    tokens as two packed rows must give the logits of the two rows alone. They do not if it carries a state from token
-    to token, has its own attention, or does not pass cu_seq_lens_q on.
+    Rows have up to `longest` tokens. What class and config say comes first. Then the model itself is asked: two packed
+    rows must have the logits of the two rows alone. They do not if it has its own attention, or does not pass
+    cu_seq_lens_q on.
     """
-    config = getattr(model.config, "text_config", model.config)
-    windows = [getattr(config, name, None) or longest for name in ("sliding_window", "attention_chunk_size")]
-    if getattr(model.config, "_attn_implementation", "") not in ("sdpa", PACKED) or min(windows) < longest:
+    if getattr(model.config, "_attn_implementation", "") not in ("sdpa", PACKED):
         return False
-    input_ids = torch.arange(12, device=model.device)[None] + len(model.get_input_embeddings().weight) // 2
+    if not attends_within_rows(model, longest):
+        return False
+    length = max(2, min(longest, 128) // 2)
+    input_ids = probe_ids(model, 2 * length)
     works = False
     try:
         from transformers import AttentionInterface, AttentionMaskInterface  # 4.53 and newer
 
-        with eval_mode(model):
-            first = model(input_ids=input_ids[:, :6], use_cache=False).logits
-            second = model(input_ids=input_ids[:, 6:], use_cache=False).logits
-            as_one_row = model(input_ids=input_ids, use_cache=False).logits
-            AttentionInterface.register(PACKED, packed_attention)
-            AttentionMaskInterface.register(PACKED, packed_mask)
-            model.set_attn_implementation(PACKED)
-            cu_seq_lens = torch.tensor([0, 6, 12], dtype=torch.int32, device=model.device)
-            packed = model(input_ids=input_ids, use_cache=False, **packed_inputs(cu_seq_lens)).logits
-        expected = torch.cat([first, second], dim=1)
+        alone = [logits_of(model, row) for row in input_ids.split(length, dim=1)]
+        expected = torch.cat(alone, dim=1)
+        as_one_row = logits_of(model, input_ids)
+        AttentionInterface.register(PACKED, packed_attention)
+        AttentionMaskInterface.register(PACKED, packed_mask)
+        model.set_attn_implementation(PACKED)
+        cu_seq_lens = torch.tensor([0, length, 2 * length], dtype=torch.int32, device=model.device)
+        packed = logits_of(model, input_ids, **packed_inputs(cu_seq_lens))
         works = bool((packed - expected).abs().max() < 0.02 * (as_one_row - expected).abs().max())
     except Exception:  # a model that cannot do it fails in many ways
         pass

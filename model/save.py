@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional
 
+import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import logging
 
 from common import distributed
 from common.checkpoint import list_checkpoints
@@ -24,9 +27,11 @@ from common.support.exit import UserError, disk_problem, short_message, without_
 from common.support.files import atomic_directory
 from common.support.model_dir import RUN, ModelSource
 from common.tokenization import fingerprint, load_tokenizer
+from model.load import open_checked
 from model.lora import save_adapter
 from model.loss import CausalLMLoss
-from model.weight_format import DTYPES, WeightFormat, bytes_of, detect_format
+from model.probe import largest_difference, logits_of, probe_ids
+from model.weight_format import DTYPE, DTYPES, WeightFormat, bytes_of, detect_format
 
 MAX_FILE_BYTES = 5 * 10**9  # as transformers' save_pretrained has it
 # What an earlier model may have left in the directory, and would be loaded together with the new files.
@@ -52,12 +57,15 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     """
     print("Saving Model...")
     network = model.model if isinstance(model, CausalLMLoss) else model
+    can_ask = distributed.world_size() == 1 and not getattr(model, "static_shapes", False)
     # A finished run needs its checkpoints no longer. They go in the same step in which the model comes.
     checkpoints = [path.name for path in list_checkpoints(save_dir)] if run else []
     stale = (*MODEL_FILES, *checkpoints)
     try:
         with distributed.on_main_process(lambda: atomic_directory(save_dir, stale)) as new:
             _write_files(network, tokenizer, new, save_dir, base, run or {})
+            if distributed.is_main_process() and not hasattr(network, "get_base_model"):
+                check_opens(new, network if can_ask else None)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         if not disk_problem(error):
             raise
@@ -95,14 +103,14 @@ def _write_files(model: nn.Module, tokenizer, directory: Path, save_dir: str, ba
 def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run: dict, ends: List[int]) -> None:
     from model.model_card import write_card  # not at the top: a learner who follows the first step need not read it
 
-    is_adapter = hasattr(model, "get_base_model")
+    adapter_for = type(model.get_base_model()).__name__ if hasattr(model, "get_base_model") else ""
     meta = run.get("dataset", {})
     has_chat_template = bool(meta.get("chat_template", meta.get("template") == "chat"))
     made_of = run.get("made_of")
     if not made_of:
-        made_of = {"base": base or (model.get_base_model() if is_adapter else model).name_or_path}
+        made_of = {"base": base or model.name_or_path}
     try:
-        write_card(directory, save_dir, made_of, run, is_adapter, has_chat_template, ends)
+        write_card(directory, save_dir, made_of, run, adapter_for, has_chat_template, ends)
     except OSError:
         raise
     except Exception as error:  # a missing card is no reason to lose a trained model
@@ -128,6 +136,29 @@ class Weight(NamedTuple):
         if hasattr(tensor, "full_tensor"):
             tensor = tensor.full_tensor()
         return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
+
+
+def check_opens(directory: Path, model: Optional[nn.Module] = None) -> None:
+    """UserError unless plain transformers opens the config and the tokenizer in `directory`.
+
+    With `model`, the weights as well: what is opened must have the logits of this model, if it is in float32. They are
+    computed with its weights, because those in the files are rounded. All of this takes main memory for the model in
+    float32; where that is not free, it is left out.
+    """
+    logging.disable_progress_bar()  # what is loaded here is no news
+    try:
+        AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        if model is None or 1.2 * 4 * model.num_parameters() > psutil.virtual_memory().available:
+            return
+        opened = open_checked(str(directory), {DTYPE: torch.float32})
+        opened.load_state_dict(model.state_dict())
+    except Exception as error:  # each part has exceptions of its own
+        require_saved(False, f"transformers cannot open them ({short_message(error)})")
+    if all(weight.dtype == torch.float32 for weight in model.parameters()):
+        expected = logits_of(model, probe_ids(model, 12))
+        difference = largest_difference(logits_of(opened, probe_ids(opened, 12)), expected)
+        require_saved(difference < 0.01, f"their logits differ by {difference:.0%} of the largest one")
 
 
 def write_weights(model: nn.Module, directory: Path, weight_format: Optional[WeightFormat]) -> None:
@@ -265,31 +296,35 @@ def write_configs(
     model.config.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)
     main_dtype = weight_format.main_dtype if weight_format else None
-    add_old_config_keys(directory, base, main_dtype or next(model.parameters()).dtype)
+    add_old_config_keys(directory, model.config.to_dict(), base, main_dtype or next(model.parameters()).dtype)
 
 
-def add_old_config_keys(directory: Path, base: str, dtype: torch.dtype) -> None:
+def add_old_config_keys(directory: Path, settings: dict, base: str, dtype: torch.dtype) -> None:
     """Add to config.json the keys that releases before transformers 5 read: the base model's, or made of the new ones.
 
-    They would ignore `rope_parameters`, and compute with a rope_theta of 10000 without an error.
+    They would ignore `rope_parameters`, and compute with a rope_theta of 10000 without an error. settings: those of the
+    model in memory; where one differs from the base model's, as of a merged model that is no longer tied, it counts.
     """
     path = directory / "config.json"
     config = json.loads(path.read_bytes())
     base_config = ModelSource(base).config if base else {}
+    if base_config.get("model_type") != config.get("model_type"):
+        # Of a model that reads images too, this is the language model alone (Qwen3.5).
+        base_config = base_config.get("text_config") or {}
     for key in ("quantization_config", "compression_config", "transformers_version", "auto_map", "_name_or_path"):
         base_config.pop(key, None)
-    _add_old_keys(config, base_config)
+    _add_old_keys(config, settings, base_config)
     text_config = config.get("text_config")
     base_text_config = base_config.get("text_config")
     if isinstance(text_config, dict) and isinstance(base_text_config, dict):
-        _add_old_keys(text_config, base_text_config)
+        _add_old_keys(text_config, settings["text_config"], base_text_config)
     config["dtype"] = config["torch_dtype"] = str(dtype).replace("torch.", "")
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _add_old_keys(config: dict, base_config: dict) -> None:
+def _add_old_keys(config: dict, settings: dict, base_config: dict) -> None:
     for key, value in base_config.items():
-        config.setdefault(key, value)
+        config.setdefault(key, settings.get(key, value))
     rope = config.get("rope_parameters") or {}
     main_rope = rope.get("full_attention", rope)  # one for each kind of layer (Gemma 3), or one for all
     if isinstance(main_rope, dict) and "rope_theta" in main_rope:

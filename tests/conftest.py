@@ -86,7 +86,7 @@ def checked(done, ok):
 SERVER = """
 import atexit, json, logging, os, runpy, sys, threading
 import torch, pyarrow.parquet
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says something at its import

@@ -545,6 +545,29 @@ def test_the_merged_model_gives_the_logits_of_base_and_adapter(kind, saved, dire
     torch.testing.assert_close(logits(merged), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("layer", ["lm_head", pytest.param("embed_tokens", marks=pytest.mark.slow)])
+def test_a_foreign_adapter_on_an_output_layer_that_shares_the_embeddings_is_merged(layer, directory, tmp_path, warm):
+    """The two get weights of their own, in the config as well: plain transformers has the logits of plain peft."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base, adapter, merged = directory("smollm2"), tmp_path / "adapter", tmp_path / "merged"
+    config = LoraConfig(r=4, target_modules=["q_proj", layer], task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    model.save_pretrained(adapter)
+    load_tokenizer(base).save_pretrained(adapter)
+    untouched = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert untouched.config.tie_word_embeddings
+    expected = logits(PeftModel.from_pretrained(untouched, adapter).eval())
+    warm(f"python {ROOT}/tutorial/merge_adapter.py --model-name-or-path {adapter} --save-dir {merged}", cwd=tmp_path)
+    found = logits(AutoModelForCausalLM.from_pretrained(merged).eval())
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 0.1 * expected.abs().max()
+
+
 @pytest.mark.parametrize("kind, bits", [("llama3", 0), ("gpt", 0)] + [("llama3", 4), ("llama3", 8), ("gpt", 4)])
 def test_merge_adapter_adds_the_product_to_the_unquantized_weights_in_their_stored_type(
     kind, bits, saved, directory, tmp_path, warm

@@ -12,13 +12,14 @@ from argparse import Namespace
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import common.train_log
 from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import alpaca, chat
-from model.generate import answer_questions, stream_answer
+from model.generate import AnswerPrinter, answer_questions, decode, stream_answer
 from model.load import load_model
 from tests.conftest import ROOT, TIMEOUT, lay_out, start
 from tests.helpers import KINDS, SCRIPTS, contents, tells
@@ -87,8 +88,48 @@ def test_a_batch_answers_as_prompts_one_at_a_time(kind, stand_ins, tmp_path, cap
     for answer, (number, text) in zip(lines(tmp_path / "answers.jsonl"), enumerate(TEXTS)):
         one = load_questions(alone, alpaca, {**question, "instruction": text}).encode(tokenizer, alone)[0]
         said = stream_answer(model, tokenizer, one, args.max_new_tokens, 0.0)
-        ended = "(stopped at --max-new-tokens" not in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        cut = "(stopped at --max-new-tokens 12)\n"
+        ended = not printed.endswith(cut)
+        assert printed[: None if ended else -len(cut)].endswith(f"\n{said}\n")
         assert answer == {"n": number, "prompt": text, "answer": said, "ended": ended}
+
+
+CODE = "def f(xs):\n    for n in xs:\n        if n != 1 :\n            print('뷁쀍 👍👎 !')\n    return  n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_is_printed_letter_for_letter(kind, stand_ins, capsys):
+    """Wherever it is cut: spaces at the beginning of a line, before a mark, and no half letter."""
+    tokenizer = load_tokenizer(str(stand_ins[kind]))
+    tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's own file has it
+    ids = tokenizer.encode(CODE, add_special_tokens=False)
+    printer, printed = AnswerPrinter(tokenizer), ""
+    printer.put(torch.tensor([ids]))  # the prompt
+    for number, token in enumerate(ids, 1):
+        printer.put(torch.tensor([token]))
+        printed += capsys.readouterr().out
+        assert CODE.startswith(printed) and printed == decode(tokenizer, ids[:number])
+    assert printed == CODE
+
+
+def test_a_model_that_reads_padding_is_asked_one_at_a_time(ready, warm):
+    """RWKV has no attention mask: in a batch it would read the padding before a shorter prompt as text."""
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "rwkv", vocab_size=len(tokenizer), hidden_size=32, attention_hidden_size=32, num_hidden_layers=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(ready / "rwkv")
+    tokenizer.save_pretrained(ready / "rwkv")
+    write(ready / "questions.jsonl", [{"prompt": "하늘"}, {"prompt": "x" * 50}, {"prompt": "A fox"}])
+    found = []
+    for rows in (1, 3):
+        save_path = f"./answers{rows}.jsonl"
+        words = f"--prompt-file questions.jsonl --save-path {save_path} --batch-rows {rows} --max-new-tokens 8"
+        warm(f"python tutorial/inference_llama3.py --model-name-or-path ./rwkv {words}", cwd=ready)
+        found.append(lines(ready / save_path))
+    assert found[0] == found[1] and all(row["answer"] for row in found[0])
 
 
 def test_sampled_answers_are_those_of_the_seed(stand_ins, tmp_path):
@@ -281,6 +322,7 @@ def test_half_a_line_and_lines_that_were_deleted_at_the_end_are_answered_again(n
 def test_memory_that_gives_out_loses_nothing(never_cut_answers, asks, warm):
     again = "transformers.GenerationMixin.generate = full"
     once = "once = transformers.GenerationMixin.generate\n    def later(*a, **k):\n"
+    once += "        if k['max_new_tokens'] == 3: return once(*a, **k)  # the question whether it reads padding\n"
     once += f"        {again}\n        return once(*a, **k)\n    transformers.GenerationMixin.generate = later"
     (asks / "with.py").write_text(WITH.replace(again, once))
     done = warm(FILE.replace("python ", "python with.py answering "), cwd=asks, ok=None)

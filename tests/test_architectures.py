@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from common.support.exit import UserError
 from common.support.model_dir import ModelSource
 from common.tokenization import load_tokenizer
 from model import loss as loss_file
-from model.generate import generate_answers
+from model.generate import generate_in_batches
 from model.load import load_model
 from model.lora import add_lora, linear_layers, load_adapter, module_suffix, save_adapter
 from model.loss import CausalLMLoss, has_plain_head
@@ -201,11 +202,6 @@ NOT_PACKED = {
     "nemotron", "stablelm",  # they do not pass cu_seq_lens_q on
 }  # fmt: skip
 
-# Where plain transformers itself answers a prompt differently beside a longer one, and why.
-PADDING_SHOWS = {
-    "minimax": "steps from its cache go wrong after a padded prompt; without the cache they are right",
-}
-
 
 @pytest.fixture(scope="module", params=KINDS)
 def family(request):
@@ -362,35 +358,13 @@ def test_a_saved_model_is_the_base_again_in_plain_transformers(base, tokenizer, 
     assert torch.equal(logits(plain(base, **FP32)), logits(plain(saved, **FP32)))
 
 
-def alone_and_together(answers):
-    """The answers that a function gives to prompts one by one, and to all of them padded to the longest."""
+def test_answers_side_by_side_are_those_one_by_one(base, tokenizer):
+    model = load_model(base, CPU)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (3, 20, 9)]
-    return [answers([prompt])[0] for prompt in prompts], answers(prompts)
 
+    def answers(batch_rows):
+        args = SimpleNamespace(batch_rows=batch_rows, max_new_tokens=8)
+        return [answer.text for batch in generate_in_batches(model, tokenizer, prompts, args) for answer in batch]
 
-def test_answers_side_by_side_are_those_one_by_one(family, base, tokenizer):
-    model = load_model(base, CPU)
-
-    def ours(prompts):
-        return [answer.text for answer in generate_answers(model, tokenizer, prompts, 8)]
-
-    def text_until_end(answer):
-        return tokenizer.decode(answer[: answer.index(2)] if 2 in answer else answer, skip_special_tokens=True)
-
-    alone, together = alone_and_together(ours)
-    if family not in PADDING_SHOWS:
-        assert together == alone
-        return
-
-    reference = plain(base, **FP32)
-
-    def of_transformers(prompts):
-        batch = [[0] * (20 - len(prompt)) + prompt for prompt in prompts] if len(prompts) > 1 else prompts
-        ids = torch.tensor(batch)
-        output = reference.generate(input_ids=ids, attention_mask=(ids != 0).long(), max_new_tokens=8, do_sample=False)
-        return [text_until_end(answer) for answer in output[:, ids.shape[1] :].tolist()]
-
-    alone_in_transformers, together = alone_and_together(of_transformers)
-    assert alone == alone_in_transformers
-    assert together != alone  # else it is mended, and the family needs no exception here
+    assert answers(3) == answers(1)

@@ -175,3 +175,38 @@ def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
     made = dict(model.named_parameters()).keys() - ModelSource(directory).tensors.keys()
     assert made or not FUSED
     assert not made or directory not in Path("/proc/self/maps").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------ k. more than text
+
+
+@pytest.mark.parametrize("kind", first_fast(1, ["qwen3_5", "qwen3_5_moe"]))
+def test_the_language_model_of_one_that_reads_images_is_saved_as_what_plain_transformers_opens(kind, ready, warm):
+    """Its config on the hub has a text_config and a vision_config; without a step its logits are the base's."""
+    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    tokenizer = load_tokenizer(str(ready / "llama3-8b"))
+    # One token more, because transformers gives Qwen's tokenizers a padding token.
+    text = {**SMALL, "vocab_size": len(tokenizer) + 1, "num_key_value_heads": 2, "head_dim": 8}
+    text.update(layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_value_head_dim=8)
+    text.update(linear_num_key_heads=2, linear_num_value_heads=4, tie_word_embeddings=kind == "qwen3_5")
+    text.update(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=vision)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    model.to(torch.bfloat16).save_pretrained(ready / "other")
+    tokenizer.save_pretrained(ready / "other")
+    words = ["--model-name-or-path", "./other"]
+    warm(PREPARE, "--dataset-name-or-path", SAMPLE, *words, "--save-path", "./more.pt", cwd=ready)
+    more = [*words, "--dataset-name-or-path", "./more.pt", "--lr", "1e-30"]
+    said = warm(TRAIN, *more, "--save-dir", "./full", cwd=ready).stdout
+    assert said.count("also reads images") == 1
+    warm(TRAIN, *more, "--use-lora", "--save-dir", "./adapter", cwd=ready)
+    warm("python tutorial/merge_adapter.py --model-name-or-path ./adapter --save-dir ./merged", cwd=ready)
+    plain = AutoModelForCausalLM.from_pretrained(ready / "other")
+    assert f"for the class {type(plain).__name__}." in (ready / "adapter" / "README.md").read_text()
+    ids = torch.arange(20)[None] + 300
+    for result in ("full", "merged"):
+        saved = AutoModelForCausalLM.from_pretrained(ready / result)
+        assert type(saved) is type(plain) and torch.equal(saved(ids).logits, plain(ids).logits)

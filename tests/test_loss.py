@@ -274,11 +274,22 @@ def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_p
 
 @pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers before 4.53")
 def test_rows_are_packed_only_where_the_model_calculates_each_alone(build):
-    """A window shorter than the rows, or a state that goes on from row to row: padded, and as the model was."""
+    """A window shorter than the rows, or a state that goes on from row to row: padded, and as the model was.
+
+    A new model's weights are so small that its state hardly shows in the logits.
+    """
     small = {**SMALL, "sliding_window": 50}
+    with_images = {"vision_config": {**SMALL, "image_size": 28, "patch_size": 14}, "text_config": small}
+    mamba = {"mamba_d_state": 8, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_chunk_size": 16}
+    jamba = {"num_experts": 2, "attn_layer_offset": 1, "attn_layer_period": 2, "use_mamba_kernels": False}
     for config, longest, packs in [
         (transformers.MistralConfig(**small), 50, True),
         (transformers.MistralConfig(**small), 51, False),
+        (transformers.Gemma3Config(**with_images), 50, True),
+        (transformers.Gemma3Config(**with_images), 51, False),
+        (transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), 51, False),
+        (transformers.FalconH1Config(**SMALL, **mamba), 51, False),
+        (transformers.JambaConfig(**SMALL, **mamba, **jamba), 51, False),
         (transformers.MambaConfig(vocab_size=300, hidden_size=32, state_size=8, num_hidden_layers=2), 51, False),
         (transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4), 51, False),  # its own attention
     ]:

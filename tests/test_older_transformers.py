@@ -108,7 +108,7 @@ ROPE = {
 def test_new_rope_parameters_become_the_old_keys(kind, tmp_path):
     new, old = ROPE[kind]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_parameters": new}))
-    add_old_config_keys(tmp_path, "", torch.bfloat16)
+    add_old_config_keys(tmp_path, {}, "", torch.bfloat16)
     config = read(tmp_path / "config.json")
     assert config["rope_parameters"] == new  # as transformers 5 wants them
     assert config["rope_theta"] == new["rope_theta"]
@@ -123,7 +123,7 @@ def test_rope_of_each_kind_of_layer(tmp_path):
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3_text", "rope_parameters": rope}))
-    add_old_config_keys(tmp_path, "", torch.bfloat16)
+    add_old_config_keys(tmp_path, {}, "", torch.bfloat16)
     config = read(tmp_path / "config.json")
     assert (config["rope_theta"], config["rope_local_base_freq"]) == (1e6, 1e4)
     assert config["rope_scaling"] == {"type": "linear", "factor": 8.0}

@@ -187,6 +187,21 @@ def test_a_save_that_differs_is_an_error_and_the_old_result_stays(fault, base, t
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
+@pytest.mark.parametrize("setting, value", [("num_hidden_layers", 1), ("rms_norm_eps", 1.0), ("model_type", "velmora")])
+def test_what_opens_as_another_model_or_not_at_all_is_an_error_and_the_old_result_stays(setting, value, base, tmp_path):
+    """The weights in the files are right, but the config is not that of the model in memory."""
+    directory = str(base / "llama3-8b")
+    tokenizer, model = load_tokenizer(directory), load_model(directory, CPU)
+    save_model(model, tokenizer, str(tmp_path / "result"), base=directory)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "result").iterdir()}
+    model.config.__dict__[setting] = value
+    if setting == "model_type":
+        model.config.__class__ = type("Velmora", (type(model.config),), {"model_type": value})
+    with pytest.raises(UserError, match="not the trained model.*(cannot open|logits differ).*Nothing was replaced"):
+        save_model(model, tokenizer, str(tmp_path / "result"), base=directory)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "result").iterdir()} == before
+
+
 # ---------------------------------------------------------------------------------------- c. each tensor its own type
 
 SOME_FLOAT32 = {
