@@ -5,6 +5,7 @@
     "sha256": ...                      # of meta, and so of everything: meta has the digests of all tensors
     "meta": {
         "tokenizer": fingerprint, "model": ..., "dataset": where the rows came from, "template": its name,
+        "measure": what tutorial/evaluate.py measures of the answers, "code", "summary" or "text",
         "block_size": tokens of a row at most, "counts": {"train": {"rows": ...}, "validation": {...}},
         "sha256": {"train": {"input_ids": ...}, ...}, ...
     },
@@ -42,7 +43,15 @@ from common.tokenization import Encoded, fingerprint
 FORMAT = "finetuning-dataset"
 VERSION = 2
 SPLITS = ("train", "validation")
-META = {"tokenizer": str, "model": str, "dataset": str, "template": str, "block_size": int, "counts": dict}
+META = {
+    "tokenizer": str,
+    "model": str,
+    "dataset": str,
+    "template": str,
+    "measure": str,
+    "block_size": int,
+    "counts": dict,
+}
 
 
 # ------------------------------------------------------------------------------------------------ writing

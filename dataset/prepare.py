@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from itertools import groupby, islice
 from operator import itemgetter, length_hint
+from pathlib import Path
 from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple
 
 from common.chat_template import Conversation, encode_conversation, get_chat_template
@@ -21,6 +23,13 @@ from dataset.sources import Source
 from dataset.templates import MESSAGE_COLUMNS, chat, jinja_template
 
 ROWS_PER_CHUNK = 250  # at a time in memory
+# What tutorial/evaluate.py measures of the answers to these data, or their samples; to others "text".
+MEASURES = {
+    "python_code_instructions_18k_alpaca": "code",
+    "Evol-Instruct-Python-26k": "code",
+    "the standard library": "code",
+    "cnn_dailymail": "summary",
+}
 
 
 def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template: Callable, tokenizer, args) -> None:
@@ -39,6 +48,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
         "model": args.model_name_or_path,
         "dataset": source.name,
         "template": template.__name__,
+        "measure": MEASURES.get(Path(re.split(" at | of ", source.name)[0]).name, "text"),
         "block_size": args.block_size,
         "counts": {},
     }

@@ -6,7 +6,9 @@ import math
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
+from tqdm import tqdm
 from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from common.batches import Batches
 from common.device import explain_out_of_memory
@@ -39,7 +41,7 @@ def generate_answers(
     max_new_tokens: int,
     ends: Sequence[int] = (),
     temperature: float = 0.0,
-    streamer: Optional[TextStreamer] = None,
+    streamer: Optional[BaseStreamer] = None,
 ) -> List[Answer]:
     """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
 
@@ -96,9 +98,29 @@ def generate_in_batches(
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
     for start in range(0, len(prompts), args.batch_rows):
         batch = prompts[start : start + args.batch_rows]
-        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
-            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature)
+        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING), TokenBar(args) as bar:
+            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature, bar)
         yield answers
+
+
+class TokenBar(BaseStreamer):
+    """On a terminal, a bar of the tokens of the batch under way: the bar of the answers stands still meanwhile."""
+
+    def __init__(self, args):
+        self.bar = tqdm(total=args.max_new_tokens, desc="tokens", unit="token", leave=False, disable=None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def put(self, ids) -> None:
+        """Called by transformers, first with the prompts and then with each new token of all answers."""
+        self.bar.update(ids.dim() == 1)
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""
 
 
 def answer_questions(model, tokenizer, prompts: List[List[int]], answers, args, device, ends=()) -> None:
@@ -122,5 +144,6 @@ def perplexity(model, batches: Batches, num_rows: int, device) -> float:
         require_causal(model, model.name_or_path)
     with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
     rows = list(range(num_rows))
-    with explain_out_of_memory("a batch of rows", model.device, MEMORY_SAVING[:2]):
-        return math.exp(total_loss(with_loss, batches, rows, device) / batches.num_labels(rows))
+    bar = tqdm(desc="perplexity", unit="micro-batch", leave=False, disable=None)  # None: on a terminal alone
+    with bar, explain_out_of_memory("a batch of rows", model.device, MEMORY_SAVING[:2]):
+        return math.exp(total_loss(with_loss, batches, rows, device, bar.update) / batches.num_labels(rows))

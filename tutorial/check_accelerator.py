@@ -27,7 +27,6 @@ import json
 import shutil
 import sys
 import textwrap
-import unicodedata
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -177,6 +176,7 @@ def rate_of(device) -> Optional[float]:
 
 def show(found: dict) -> None:
     """Print the tables."""
+    from common.train_log import print_table
     from model.tutorials import METHODS
 
     rows = []
@@ -226,24 +226,6 @@ def show(found: dict) -> None:
         print(f"\nRehearse with a tiny random model, here {rehearsal['name']} (--json lists the others):")
         for command in rehearsal["commands"]:
             print(f"  {command}")
-
-
-def print_table(header: list, rows: list, left=(0,)) -> None:
-    """Print a table of texts. left: the numbers of its columns that are aligned to the left."""
-    widths = [max(map(width, column)) for column in zip(header, *rows)]
-    for number, row in enumerate([header, *rows]):
-        cells = []
-        for column, text in enumerate(row):
-            space = " " * (widths[column] - width(text))
-            cells.append(text + space if column in left else space + text)
-        print("   ".join(cells).rstrip())
-        if number == 0:
-            print("-" * width("   ".join(cells)))
-
-
-def width(text: str) -> int:
-    """The columns that a text takes in a terminal: a Korean letter takes two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def notes(found: dict) -> list:
