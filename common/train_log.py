@@ -96,6 +96,7 @@ class TrainLog:
     def record(self, line: str, **record) -> None:
         """Print the line with its step, and add the record to the file and to the curves."""
         self.write_line(f"[Step {record['step']}/{self.total_steps}] | {line}")
+        record = {name: round_number(value) if isinstance(value, float) else value for name, value in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
