@@ -38,13 +38,14 @@ class RougeWords:
     """The tokenizer for rouge-score. Its own one takes all but a-z and 0-9 for white space: no Korean word is left."""
 
     def __init__(self):
-        from nltk.stem.porter import PorterStemmer  # which rouge-score itself uses
+        from rouge_score.tokenizers import DefaultTokenizer
 
-        self.stem = PorterStemmer().stem
+        self.english = DefaultTokenizer(use_stemmer=True)
 
     def tokenize(self, text: str) -> List[str]:
         words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
-        return [self.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+        stemmed = [self.english.tokenize(word) if word.isascii() else [word] for word in words]
+        return [word for parts in stemmed for word in parts]
 
 
 def code(prompts: List[str], references: List[str], answers: List[str]) -> Scores:

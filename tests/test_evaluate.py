@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 import unicodedata
 
 import pytest
@@ -16,6 +17,8 @@ from dataset.scores import code, summary, text
 from model.generate import generate_answers, perplexity
 from model.load import load_model
 from model.tiny import write_tiny
+from tests import terminal
+from tests.conftest import environment
 from tests.helpers import answer_start, change_dataset, contents, no_rows, rows_of, split_of, tells
 from tests.test_training import CPU
 
@@ -373,6 +376,9 @@ def test_an_adapter_that_changes_its_base(ready, warm):
     assert re.findall(r"--- Base ---\n(.*)\n--- Adapter ---\n(.*)\n", done.stdout) == [
         (row["before"], row["after"]) for row in report["answers"]
     ]
+    # A prompt is not cut: its end is the template's own text.
+    done = warm(f"python tutorial/compare_adapter.py {words.replace(' 6', ' 8190')}", cwd=ready, ok=None)
+    tells(done, "--max-new-tokens 8190 leaves no room for the longest prompt")
 
 
 # ------------------------------------------------------------------------------------------------ a reader's mistakes
@@ -387,6 +393,20 @@ def trained(ready):
     run = {"options": options, "dataset": torch.load(ready / "llama3_dataset.pt")["meta"]}
     (ready / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
     return ready
+
+
+@pytest.mark.slow
+def test_bars_on_a_terminal(trained):
+    """Of the answers, and of the tokens of the batch under way; the scores come last."""
+    pytest.importorskip("sacrebleu")
+    words = f"{EVALUATE} --model-name-or-path ./trained --measure text --show 1".split()[1:]
+    env = environment(HF_HOME=str(trained / ".hf_home"))
+    status, text = terminal.run([sys.executable, *words], [], trained, env)
+    assert status == 0, text
+    for when in ("before", "after"):
+        assert re.search(rf"{when}: +0%\|.*0/4", text) and re.search(rf"{when}: 100%\|.*4/4 .*(row/s|s/row)\]", text)
+    assert re.search(r"tokens: .*/6 .*token", text) and "perplexity: " in text
+    assert text.index("--- Before ---") < text.index("Exact match: ") < text.index("\nExact match (%)")
 
 
 @pytest.fixture
