@@ -5,8 +5,9 @@
     "sha256": ...                      # of meta, and so of everything: meta has the digests of all tensors
     "meta": {
         "tokenizer": fingerprint, "model": ..., "dataset": where the rows came from, "template": its name,
+        "measure": what tutorial/evaluate.py measures of the answers, "code", "summary" or "text",
         "block_size": tokens of a row at most, "counts": {"train": {"rows": ...}, "validation": {...}},
-        "end_tokens": ids with which answers end, first the usual one, "measure": "code", "summary" or "text",
+        "end_tokens": ids with which answers end, first the usual one,
         "sha256": {"train": {"input_ids": ...}, ...}, ...
     },
     "train": {
@@ -44,9 +45,15 @@ FORMAT = "finetuning-dataset"
 VERSION = 3
 SPLITS = ("train", "validation")
 META = {
-    "tokenizer": str, "model": str, "dataset": str, "template": str, "block_size": int, "counts": dict,
+    "tokenizer": str,
+    "model": str,
+    "dataset": str,
+    "template": str,
+    "measure": str,
+    "block_size": int,
+    "counts": dict,
     "end_tokens": list,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------------------------ writing

@@ -194,6 +194,8 @@ def explain_out_of_memory(what: str, device: torch.device, options: Iterable[str
         if not is_out_of_memory(error):
             raise
         advice = f"To save memory, use {', '.join(options)}." if options else "Use a larger device or a smaller model."
+        if "create a primitive" in str(error):  # https://github.com/pytorch/pytorch/issues/89104
+            advice += " If memory was free, oneDNN fails on this CPU: set ONEDNN_MAX_CPU_ISA=AVX2."
         raise UserError(
             f"Out of memory: {what} does not fit into the device's {total_memory(device) / 1e9:.1f} GB. {advice}"
         ) from None

@@ -7,11 +7,12 @@ import os
 import platform
 import subprocess
 import sys
+import unicodedata
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from tqdm import tqdm
@@ -95,6 +96,7 @@ class TrainLog:
     def record(self, line: str, **record) -> None:
         """Print the line with its step, and add the record to the file and to the curves."""
         self.write_line(f"[Step {record['step']}/{self.total_steps}] | {line}")
+        record = {name: round_number(value) if isinstance(value, float) else value for name, value in record.items()}
         self.records.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -219,7 +221,7 @@ def with_progress(parts: Iterable, count_rows: Callable, name: str, total: Optio
     start = monotonic()
     last_line = start
     rows = done
-    with tqdm(total=total, initial=done, desc=name, unit=" rows", disable=not terminal, dynamic_ncols=True) as bar:
+    with tqdm(total=total, initial=done, desc=name, unit="row", disable=not terminal, dynamic_ncols=True) as bar:
         for part in parts:
             yield part
             rows += count_rows(part)
@@ -255,6 +257,29 @@ def draw_losses(records: List[dict], path: Path, best: Optional[Tuple[int, float
     figure.tight_layout()
     with atomic_write(path) as new:
         figure.savefig(new, dpi=120)
+
+
+def print_table(header: List[str], rows: List[List[str]], left: Sequence[int] = (0,)) -> None:
+    """Print a table of texts. left: the numbers of its columns that are aligned to the left."""
+    widths = [max(map(_width, column)) for column in zip(header, *rows)]
+    for number, row in enumerate([header, *rows]):
+        cells = []
+        for column, text in enumerate(row):
+            space = " " * (widths[column] - _width(text))
+            cells.append(text + space if column in left else space + text)
+        print("   ".join(cells).rstrip())
+        if number == 0:
+            print("-" * _width("   ".join(cells)))
+
+
+def _width(text: str) -> int:
+    """The columns that a text takes in a terminal: a Korean letter takes two."""
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
+
+
+def round_number(value: float) -> float:
+    """A measured number with six digits, as files and tables show it."""
+    return float(f"{value:.6g}")
 
 
 def print_answers(question: str, answers: Dict[str, str]) -> None:

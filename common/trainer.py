@@ -18,7 +18,7 @@ from common.device import Device, explain_out_of_memory, memory_used, reset_peak
 from common.optim import clip_gradients, learning_rate
 from common.support.cli import memory_saving_options
 from common.support.exit import Stopped, StopRequest, UserError, is_out_of_memory
-from common.train_log import Clock, TrainLog, run_facts
+from common.train_log import Clock, TrainLog, round_number, run_facts
 
 
 def train(model, optimizer, dataset: dict, args, plan, device: Device, resume: Optional[Checkpoint] = None) -> dict:
@@ -308,7 +308,7 @@ class Trainer:
         run["steps"] = self.total_steps
         eval_losses = [record["held_out_loss"] for record in self.log.records if "held_out_loss" in record]
         if eval_losses:
-            after = self.state.best_loss if self.state.best_step else eval_losses[-1]
+            after = round_number(self.state.best_loss) if self.state.best_step else eval_losses[-1]
             run["held_out_loss"] = {"before": eval_losses[0], "after": after, "rows": len(self.eval_rows)}
         return run
 

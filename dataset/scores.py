@@ -1,8 +1,7 @@
-"""How good the answers of a model are: measures of one answer, and the table and picture of their means.
+"""How good the answers of a model are: measures of code, of summaries and of other text, their table and picture.
 
-A measure takes the prompt, the data's answer (the reference) and the model's answer, all as text, and returns
-{name: percent}, or None instead of the percent where the row does not ask for it. MEASURES says which belong to which
-template.
+A measure takes the prompts, the data's answers (the references) and the model's answers, all as text, and returns
+{name: (score, number of rows that it is the score of)}. MEASURES has one for each kind of data.
 """
 
 from __future__ import annotations
@@ -10,42 +9,85 @@ from __future__ import annotations
 import ast
 import re
 import textwrap
+import unicodedata
 import warnings
 from pathlib import Path
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Tuple
 
 from common.support.files import atomic_write
+from common.train_log import round_number
 
 PERPLEXITY = "Perplexity (lower is better)"
 ENDED = "Ends by itself (%)"
-Scores = Dict[str, Optional[float]]
+Scores = Dict[str, Tuple[float, int]]
 
 
-def rouge(prompt: str, reference: str, answer: str) -> Scores:
-    """ROUGE: F1 of the words, pairs of words, longest common subsequence that the answer shares with the data's."""
+def summary(prompts: List[str], references: List[str], answers: List[str]) -> Scores:
+    """ROUGE: F1 of the words, pairs of words, longest common subsequence that the answer shares with the data's.
+    Words are letters and digits of any alphabet (Hangul too) between two other characters; English ones are stemmed."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(reference, answer)
-    return {f"ROUGE-{name[5:]} (F1, %)": 100 * score.fmeasure for name, score in scores.items()}
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=RougeWords())
+    rows = [scorer.score(reference, answer) for reference, answer in zip(references, answers)]
+    return {
+        f"ROUGE-{name[5:]} (F1, %)": _mean([100 * row[name].fmeasure for row in rows]) for name in scorer.rouge_types
+    }
 
 
-def code(prompt: str, reference: str, answer: str) -> Scores:
+class RougeWords:
+    """The tokenizer for rouge-score. Its own one takes all but a-z and 0-9 for white space: no Korean word is left."""
+
+    def __init__(self):
+        from rouge_score.tokenizers import DefaultTokenizer
+
+        self.english = DefaultTokenizer(use_stemmer=True)
+
+    def tokenize(self, text: str) -> List[str]:
+        words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text).lower())
+        stemmed = [self.english.tokenize(word) if word.isascii() else [word] for word in words]
+        return [word for parts in stemmed for word in parts]
+
+
+def code(prompts: List[str], references: List[str], answers: List[str]) -> Scores:
     """Parses: the answer is Python, and not empty. Defines what was asked: where the data's answer defines functions or
     classes, so does this one, those that the prompt names by their names, else one of the same kind."""
+    parses = []
+    defines = []
+    for prompt, reference, answer in zip(prompts, references, answers):
+        body = parse(code_block(answer))
+        parses.append(100.0 * bool(body))
+        right = defines_what_was_asked(prompt, reference, body)
+        if right is not None:
+            defines.append(100.0 * right)
+    scores = {"Parses (%)": _mean(parses)}
+    if defines:
+        scores["Defines what was asked (%)"] = _mean(defines)
+    return scores
+
+
+def parse(text: str) -> List[ast.stmt]:
+    """The statements of Python code; none where it is not Python."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of "\d" and the like
-            body = ast.parse(code_block(answer)).body
+            return ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a null byte; brackets nested too deep
-        body = []
+        return []
+
+
+def defines_what_was_asked(prompt: str, reference: str, body: List[ast.stmt]) -> Optional[bool]:
+    """Whether an answer with these statements defines what the reference does; None where that defines nothing."""
     kinds = {ast.FunctionDef: "def", ast.AsyncFunctionDef: "def", ast.ClassDef: "class"}
     defined = {(kinds[type(node)], node.name) for node in body if type(node) in kinds}
     # Not by ast: the reference may have been truncated to fit its row.
     wanted = set(re.findall(r"^(?:async +)?(def|class) +(\w+)", code_block(reference), re.MULTILINE))
+    if not wanted:
+        return None
     by_name = r"\b(def|class|function|method|named|called)\s+[`'\"]?{0}\b|`{0}\b|\b{0}\("
     named = {(kind, name) for kind, name in wanted if re.search(by_name.format(name), prompt)}
-    right = named <= defined if named else bool({kind for kind, _ in wanted} & {kind for kind, _ in defined})
-    return {"Parses (%)": 100.0 * bool(body), "Defines what was asked (%)": 100.0 * right if wanted else None}
+    if named:
+        return named <= defined
+    return bool({kind for kind, _ in wanted} & {kind for kind, _ in defined})
 
 
 def code_block(text: str) -> str:
@@ -54,58 +96,57 @@ def code_block(text: str) -> str:
     return next((block for language, block in blocks if language.lower() in ("", "py", "python", "python3")), text)
 
 
-def chrf(prompt: str, reference: str, answer: str) -> Scores:
-    """chrF: F2 of the letters, and runs of up to six, that the answer shares with the data's, white space apart."""
+def text(prompts: List[str], references: List[str], answers: List[str]) -> Scores:
+    """Exact match: the answer is the data's, white space apart. chrF: F2 of the letters, and runs of up to six, that
+    all answers together share with the data's."""
     from sacrebleu.metrics import CHRF
 
-    return {"chrF (letters, %)": CHRF().sentence_score(answer, [reference]).score}
+    matches = [100.0 * (_plain(reference) == _plain(answer)) for reference, answer in zip(references, answers)]
+    chrf = CHRF().corpus_score(answers, [references]).score
+    return {"Exact match (%)": _mean(matches), "chrF (letters, %)": (chrf, len(answers))}
 
 
-# The measures of a prompt template. Conversations and templates that are not listed have those of "others".
-MEASURES: Dict[str, List[Callable[[str, str, str], Scores]]] = {
-    "summarization": [rouge],
-    "alpaca": [code],
-    "instruction": [code],
-    "others": [chrf],
+def _plain(text: str) -> str:
+    """`text` with composed letters (NFC), its ends stripped, and each run of white space as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _mean(values: List[float]) -> Tuple[float, int]:
+    return sum(values) / len(values), len(values)
+
+
+MEASURES: Dict[str, Callable[[List[str], List[str], List[str]], Scores]] = {
+    "code": code,
+    "summary": summary,
+    "text": text,
 }
 
 
-def measures_for(template: str) -> List[Callable[[str, str, str], Scores]]:
-    """The measures for answers to prompts of that template."""
-    return MEASURES.get(template, MEASURES["others"])
-
-
-def compare_scores(measures, prompts: List[str], references: List[str], before, after) -> Dict[str, dict]:
-    """{measure: {"before", "after", "rows" that it is the mean of}} of the same rows.
+def compare_scores(measure: Callable, prompts: List[str], references: List[str], before, after) -> Dict[str, dict]:
+    """{name: {"before", "after", "rows" that it is the score of}} of the same rows.
 
     before, after: the perplexity of a model, and its answers, (text, whether it ended by itself) each.
     """
-    table = {PERPLEXITY: {"before": before[0], "after": after[0], "rows": len(prompts)}}
-    for when, (_, answers) in (("before", before), ("after", after)):
-        scores: Dict[str, List[float]] = {}
-        for prompt, reference, (answer, ended) in zip(prompts, references, answers):
-            found: Scores = {}
-            for measure in measures:
-                found.update(measure(prompt, reference, answer))
-            found[ENDED] = 100.0 * ended
-            for name, percent in found.items():
-                scores.setdefault(name, []).extend([] if percent is None else [percent])
-        for name, values in scores.items():
-            if values:
-                table.setdefault(name, {"rows": len(values)})[when] = sum(values) / len(values)
+    table: Dict[str, dict] = {}
+    for when, (perplexity, answers) in (("before", before), ("after", after)):
+        scores = {PERPLEXITY: (perplexity, len(answers))}
+        scores.update(measure(prompts, references, [text for text, _ in answers]))
+        scores[ENDED] = _mean([100.0 * ended for _, ended in answers])
+        for name, (score, rows) in scores.items():
+            table.setdefault(name, {"rows": rows})[when] = round_number(score)
     return table
 
 
-def format_value(measure: str, value: float) -> str:
-    return f"{value:.2f}" if measure == PERPLEXITY else f"{value:.1f}"
+def format_score(name: str, score: float) -> str:
+    return f"{score:.2f}" if name == PERPLEXITY else f"{score:.1f}"
 
 
-def print_table(table: Dict[str, dict]) -> None:
-    """Print {measure: {"before", "after", "rows"}} as a table."""
-    print(f"{'Measure':<28} {'Before':>8} {'After':>7} {'Rows':>6}")
-    for name, values in table.items():
-        before, after = (format_value(name, values[when]) for when in ("before", "after"))
-        print(f"{name:<28} {before:>8} {after:>7} {values['rows']:>6}")
+def table_rows(table: Dict[str, dict]) -> List[List[str]]:
+    """The rows of the printed table: name, before, after, rows."""
+    return [
+        [name, format_score(name, values["before"]), format_score(name, values["after"]), str(values["rows"])]
+        for name, values in table.items()
+    ]
 
 
 def draw_table(table: Dict[str, dict], path: Path) -> None:
@@ -117,7 +158,7 @@ def draw_table(table: Dict[str, dict], path: Path) -> None:
     for axes, (name, values) in zip(all_axes, table.items()):
         heights = [values["before"], values["after"]]
         bars = axes.bar(["before", "after"], heights, color=["tab:gray", "tab:blue"])
-        axes.bar_label(bars, [format_value(name, height) for height in heights], padding=2)
+        axes.bar_label(bars, [format_score(name, height) for height in heights], padding=2)
         axes.set_title(f"{textwrap.fill(name, 18)}\n{values['rows']} rows", fontsize="medium")
         axes.margins(y=0.12)
     figure.tight_layout()

@@ -6,6 +6,8 @@ import math
 from typing import Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
+from tqdm import tqdm
+from transformers.generation.streamers import BaseStreamer
 
 from common.batches import Batches
 from common.dataset_file import stop_token_ids
@@ -84,7 +86,7 @@ def generate_answers(
     max_new_tokens: int,
     ends: Sequence[int] = (),
     temperature: float = 0.0,
-    streamer: Optional[AnswerPrinter] = None,
+    streamer: Optional[BaseStreamer] = None,
 ) -> List[Answer]:
     """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
 
@@ -146,8 +148,8 @@ def generate_in_batches(
         rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]
-        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
-            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature)
+        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING), TokenBar(args) as bar:
+            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature, bar)
         yield answers
 
 
@@ -181,6 +183,26 @@ def padding_changes_answers(model) -> bool:
     return bool((logits(padded, hidden) - alone).abs().max() > 0.05 * (as_text - alone).abs().max())
 
 
+class TokenBar(BaseStreamer):
+    """On a terminal, a bar of the tokens of the batch under way: the bar of the answers stands still meanwhile."""
+
+    def __init__(self, args):
+        self.bar = tqdm(total=args.max_new_tokens, desc="tokens", unit="token", leave=False, disable=None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def put(self, ids) -> None:
+        """Called by transformers, first with the prompts and then with each new token of all answers."""
+        self.bar.update(ids.dim() == 1)
+
+    def end(self) -> None:
+        """Called by transformers after the last token."""
+
+
 def answer_questions(model, tokenizer, prompts: List[List[int]], answers, args, device, ends=()) -> None:
     """Print the answer to the only prompt; or save those of a file of prompts in `answers`, its AnswersFile."""
     if answers is None:
@@ -202,5 +224,6 @@ def perplexity(model, batches: Batches, num_rows: int, device) -> float:
         require_causal(model, model.name_or_path)
     with_loss = CausalLMLoss(model, static_shapes=device.static_shapes)
     rows = list(range(num_rows))
-    with explain_out_of_memory("a batch of rows", model.device, MEMORY_SAVING[:2]):
-        return math.exp(total_loss(with_loss, batches, rows, device) / batches.num_labels(rows))
+    bar = tqdm(desc="perplexity", unit="micro-batch", leave=False, disable=None)  # None: on a terminal alone
+    with bar, explain_out_of_memory("a batch of rows", model.device, MEMORY_SAVING[:2]):
+        return math.exp(total_loss(with_loss, batches, rows, device, bar.update) / batches.num_labels(rows))

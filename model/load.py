@@ -119,11 +119,10 @@ def load_model(
     base = source.base
     weight_format = detect_format(base)
     if source.is_adapter:
-        facts = source.adapter_facts
-        if bits is None and "base_bits" in facts:
-            bits = int(facts["base_bits"])
+        if bits is None:
+            bits = source.base_bits
         how = f" in {bits} bit" if bits else ""
-        template = facts.get("template") or "not known"
+        template = source.adapter_facts.get("template") or "not known"
         print(f"Loading adapter {model_dir} on base model {base}{how} (prompt template: {template})")
     bits = resolve_bits(weight_format, bits, base)
     if weight_format.method:

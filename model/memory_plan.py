@@ -129,12 +129,16 @@ class MemoryPlan(NamedTuple):
         if self.setup.world_size > 1:
             method += f", {self.setup.world_size} processes"
         checkpointing = "on" if self.setup.checkpointing else "off"
-        parts = [f"{name} {getattr(self, name) / 1e9:.2f}" for name in self._fields[2:9]]
+        # In GB, all parts of a tiny model would be 0.00.
+        unit = "GB" if self.peak >= 1e9 else "MB"
+        sizes = {name: getattr(self, name) for name in self._fields[2:]}
+        sizes = {name: f"{size / 1e9:.2f}" if unit == "GB" else f"{size / 1e6:.0f}" for name, size in sizes.items()}
+        parts = [f"{name} {sizes[name]}" for name in self._fields[2:9]]
         return [
             f"Memory plan: {method}, micro-batches of {self.setup.tokens} tokens, gradient checkpointing "
             f"{checkpointing}: peak {self.peak / 1e9:.2f} GB{', estimated' if self.estimated else ''}",
-            f"Memory plan: {', '.join(parts)} GB; on disk: result {self.result / 1e9:.2f}, each checkpoint "
-            f"{self.checkpoint / 1e9:.2f} GB",
+            f"Memory plan: {', '.join(parts)} {unit}; on disk: result {sizes['result']}, each checkpoint "
+            f"{sizes['checkpoint']} {unit}",
         ]
 
     def compare_with_measured(self, measured: int) -> str:

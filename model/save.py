@@ -60,7 +60,7 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     can_ask = distributed.world_size() == 1 and not getattr(model, "static_shapes", False)
     # A finished run needs its checkpoints no longer. They go in the same step in which the model comes.
     checkpoints = [path.name for path in list_checkpoints(save_dir)] if run else []
-    stale = (*MODEL_FILES, *checkpoints)
+    stale = (*MODEL_FILES, *checkpoints, "evaluation.json", "evaluation.png")  # of the model that was there
     try:
         with distributed.on_main_process(lambda: atomic_directory(save_dir, stale)) as new:
             _write_files(network, tokenizer, new, save_dir, base, run or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import lru_cache
 from pathlib import Path
 from typing import List, NamedTuple, Optional
@@ -40,7 +41,7 @@ class Tutorial(NamedTuple):
 NEWS, CODE = "cnn_dailymail", "python_code_instructions_18k_alpaca"
 PYTHON, KOREAN = "Evol-Instruct-Python-26k", "korean_safe_conversation"
 TUTORIALS = (
-    Tutorial("SmolLM2 135M", "smollm2", "smollm2", "smollm2", CODE, 0.7),
+    Tutorial("SmolLM2 135M", "smollm2", "smollm2", "smollm2", CODE, 0.7, 512),
     Tutorial("Llama2 13B", "llama2", "llama2_13b", "llama2", NEWS, 50),
     Tutorial("Llama3 8B", "llama3", "llama3_8b", "llama3", NEWS, 20),
     Tutorial("Llama3 70B", "llama3_70b", "llama3_70b", "llama3", NEWS, 150),
@@ -70,20 +71,32 @@ class Machine(NamedTuple):
 
 
 def recommend(tutorial: Tutorial, machine: Machine, disk_free: Optional[float]) -> dict:
-    """The best method that fits the machine, or else a rehearsal, with its commands. disk_free None: not known."""
+    """The best method that fits the machine, with its commands; else a rehearsal, or of a model of one's own nothing.
+
+    disk_free None: not known.
+    """
     plan = best_plan(tutorial, machine)
-    disk = 0.01e9  # of a rehearsal
-    if plan:  # the last checkpoint stays until the next one is complete
+    method = "none"
+    disk = 0.0
+    proposed: List[str] = []
+    if plan:
+        method = plan.setup.method
+        # The last checkpoint stays until the next one is complete.
         disk = 1e9 * tutorial.disk + plan.result + 2 * plan.checkpoint
+        proposed = commands(tutorial, plan)
+    elif not tutorial.directory:
+        method = "rehearsal"
+        disk = 0.01e9
+        proposed = rehearsal(tutorial)
     return {
         "name": tutorial.name,
-        "method": plan.setup.method if plan else "rehearsal",
+        "method": method,
         "devices": plan.setup.world_size if plan else 1,
         "memory": int(plan.peak) if plan else 0,
         "least": {method: least_memory(tutorial, method, machine) for method in METHODS},
         "disk": int(disk),
         "disk_enough": None if disk_free is None else disk <= disk_free,
-        "commands": commands(tutorial, plan) if plan else rehearsal(tutorial),
+        "commands": proposed,
     }
 
 
@@ -133,15 +146,18 @@ def shape_of(tutorial: Tutorial) -> ModelShape:
 
 
 def commands(tutorial: Tutorial, plan: MemoryPlan) -> List[str]:
-    """To download, prepare and train."""
-    script = f"tutorial/train_{tutorial.kind}.py"
+    """To download, prepare and train. A model of one's own is there, and has a tokenizer of its own."""
+    download = [f"python tutorial/download_{tutorial.download}.py"]
+    model = ""
     if tutorial.directory:
-        script += f" --model-name-or-path {tutorial.directory}"
+        download = []
+        model = f" --model-name-or-path {shlex.quote(tutorial.directory)}"
+    script = f"tutorial/train_{tutorial.kind}.py{model}"
     script += LORA_BY_DEFAULT.get(tutorial.kind, METHOD_OPTIONS)[plan.setup.method]
     devices = plan.setup.world_size
     return [
-        f"python tutorial/download_{tutorial.download}.py",
-        f"python dataset/prepare_{tutorial.prepare}_dataset.py",
+        *download,
+        f"python dataset/prepare_{tutorial.prepare}_dataset.py{model}",
         f"torchrun --nproc-per-node {devices} {script}" if devices > 1 else f"python {script}",
     ]
 

@@ -345,8 +345,25 @@ def test_a_model_of_ones_own(folder, warm):
     words = "--model-name-or-path ./own --device-memory 24"
     (row,) = json.loads(warm(COMMAND, *words.split(), "--json", cwd=folder).stdout)["tutorials"]
     assert (row["name"], row["method"]) == ("./own", "full") and row["memory"] < 3e9
-    assert row["commands"][-1].startswith("python tutorial/train_llama2.py --model-name-or-path ./own")
-    assert "./own" in warm(COMMAND, *words.split(), cwd=folder).stdout
+    commands = [
+        "python dataset/prepare_llama2_dataset.py --model-name-or-path ./own",
+        "python tutorial/train_llama2.py --model-name-or-path ./own",
+    ]
+    assert row["commands"] == commands
+    assert warm(COMMAND, *words.split(), cwd=folder).stdout.splitlines()[-3:] == [
+        "Commands:",
+        *(f"  {c}" for c in commands),
+    ]
+
+    config = json.loads((folder / "own" / "config.json").read_text(encoding="utf-8"))
+    (folder / "my large one").mkdir()
+    large = {**config, "hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
+    (folder / "my large one" / "config.json").write_text(json.dumps(large), encoding="utf-8")
+    words = ["--model-name-or-path", "./my large one", "--device-memory"]
+    done = warm(COMMAND, *words, 8, cwd=folder)
+    assert done.stdout.splitlines()[-1].startswith("./my large one") and done.stdout.splitlines()[-1].endswith("none")
+    fits = warm(COMMAND, *words, 80, cwd=folder).stdout
+    assert "  python dataset/prepare_llama2_dataset.py --model-name-or-path './my large one'\n" in fits
 
 
 @pytest.mark.parametrize(

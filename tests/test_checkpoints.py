@@ -690,7 +690,7 @@ def test_steps_that_fit_no_more(cut, cut_lora, warm):
     refused(warm, cut_lora, f"{KINDS['lora']} --max-train-steps 9", "it had 7 steps with --lr-scheduler cosine, now 9")
 
 
-def test_another_dataset_or_model_under_the_same_name(cut_copy, base, warm):
+def test_another_dataset_model_or_device_under_the_same_name(cut_copy, base, warm):
     shutil.copy(cut_copy / "llama3_dataset.pt", cut_copy / "kept.pt")
     shutil.copy(base / "llama3_dataset.pt", cut_copy)
     refused(warm, cut_copy, FULL, "--dataset-name-or-path", "has different rows")
@@ -700,6 +700,10 @@ def test_another_dataset_or_model_under_the_same_name(cut_copy, base, warm):
     path = cut_copy / "llama3-8b" / "model.safetensors"
     save_file({name: 2 * weight for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
     refused(warm, cut_copy, FULL, "--model-name-or-path", "has different weights")
+    save_file({name: weight / 2 for name, weight in load_file(path).items()}, path, metadata={"format": "pt"})
+    # Whatever a GPU's checkpoint has that a CPU lacks (its random states): it is refused before it is read.
+    sign(cut_copy / SAVED / "checkpoint-6" / "checkpoint.json", device="cuda")
+    refused(warm, cut_copy, FULL, "this run used cuda; this device uses cpu")
 
 
 def test_options_that_change_only_the_log_and_the_checkpoints(cut_copy, warm, never_cut):
@@ -749,7 +753,10 @@ def test_more_steps_after_the_last_one(small, warm, never_cut):
 def test_a_finished_run_begins_anew(small, warm, never_cut):
     train(warm, small, FULL)
     assert not checkpoints(small) and not scratch(small)
+    for name in ("evaluation.json", "evaluation.png", "notes.txt"):
+        (small / SAVED / name).write_text("of the first model")
     done = train(warm, small, FULL)
+    assert not list((small / SAVED).glob("evaluation.*")) and (small / SAVED / "notes.txt").is_file()
     assert f"{SAVED} contains a finished run; starting a new one." in done.stdout and went_on(done) == 0
     same_result(small, never_cut(KINDS["full"]))
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
+import unicodedata
 
 import pytest
 import torch
 
 from common.batches import Batches
 from common.tokenization import load_tokenizer
-from dataset.scores import chrf, code, measures_for, rouge
+from dataset.scores import code, summary, text
 from model.generate import generate_answers, perplexity
 from model.load import load_model
 from model.tiny import write_tiny
-from tests.helpers import answer_start, change_dataset, contents, no_rows, split_of, tells
+from tests import terminal
+from tests.conftest import environment
+from tests.helpers import answer_start, change_dataset, contents, no_rows, rows_of, split_of, tells
 from tests.test_training import CPU
 
 EVALUATE = "python tutorial/evaluate.py --rows 4 --batch-rows 3 --max-new-tokens 6"
@@ -23,6 +28,7 @@ ROUGE = [f"ROUGE-{n} (F1, %)" for n in "12L"]
 CODE = ["Parses (%)", "Defines what was asked (%)"]
 PERPLEXITY, ENDED = "Perplexity (lower is better)", "Ends by itself (%)"
 CHRF = "chrF (letters, %)"
+TEXT = ["Exact match (%)", CHRF]
 
 # ------------------------------------------------------------------------------------------------ code
 
@@ -31,7 +37,8 @@ CLASS = "class Stack:\n    def push(self, item):\n        self.items.append(item
 
 
 def scores(answer, reference=FUNCTION, prompt="Add two numbers."):
-    return tuple(code(prompt, reference, answer).values())
+    found = code([prompt], [reference], [answer])
+    return tuple(found[name][0] if name in found else None for name in CODE)
 
 
 @pytest.mark.parametrize(
@@ -116,9 +123,35 @@ def test_an_answers_own_warnings_are_not_shown(recwarn):
 )
 def test_rouge_of_the_paper(answer, expected):
     pytest.importorskip("rouge_score")
-    found = rouge("any prompt", "police killed the gunman", answer)
+    found = summary(["any prompt"], ["police killed the gunman"], [answer])
     assert [*found] == ROUGE
-    assert tuple(found.values()) == pytest.approx(expected)
+    assert tuple(score for score, _ in found.values()) == pytest.approx(expected)
+
+
+KOREAN = ["정부는 오늘 새 법안을 냈다.", "경찰이 범인을 잡았다."]
+
+
+@pytest.mark.parametrize(
+    "answers, expected",
+    [
+        (KOREAN, (100, 100, 100)),
+        ([unicodedata.normalize("NFD", text) for text in KOREAN], (100, 100, 100)),
+        (["정부는 어제 새 법안을 냈다", "고양이"], (40, 25, 40)),  # 4 of 5 words and 2 of 4 pairs; nothing
+        (["", "..."], (0, 0, 0)),
+    ],
+)
+def test_rouge_of_korean(answers, expected):
+    pytest.importorskip("rouge_score")
+    assert [score for score, _ in summary(KOREAN, KOREAN, answers).values()] == pytest.approx(expected)
+
+
+def test_rouge_of_english_is_that_of_rouge_score():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"], True)
+    rows = [(row["highlights"], row["article"][:400]) for row in rows_of("validation")]
+    found = summary(*zip(*(("", *row) for row in rows)))
+    for name, kind in zip(ROUGE, scorer.rouge_types):
+        each = [100 * scorer.score(*row)[kind].fmeasure for row in rows]
+        assert found[name] == (pytest.approx(sum(each) / len(each)), len(rows))
 
 
 # ------------------------------------------------------------------------------------------------ any other text
@@ -139,15 +172,34 @@ def test_rouge_of_the_paper(answer, expected):
 )
 def test_chrf_of_the_paper(reference, answer, expected):
     pytest.importorskip("sacrebleu")
-    found = chrf("any prompt", reference, answer)
-    assert [*found] == [CHRF]
-    assert [*found.values()] == [pytest.approx(expected)]
+    found = text(["any prompt"], [reference], [answer])
+    assert [*found] == TEXT
+    assert found[CHRF] == (pytest.approx(expected), 1)
 
 
-def test_which_template_is_judged_by_what():
-    assert measures_for("alpaca") == measures_for("instruction") == [code]
-    for template in ("korean_alpaca", "chat", "a_readers_own", ""):
-        assert measures_for(template) == [chrf]
+def test_chrf_is_over_all_answers_together():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    references, answers = ["비가 와요.", "가나다라마바사"], ["비가 와요.", "가나"]
+    right = sacrebleu.corpus_chrf(answers, [references]).score
+    assert text(["", ""], references, answers)[CHRF] == (pytest.approx(right), 2)
+    each = [sacrebleu.sentence_chrf(answer, [reference]).score for answer, reference in zip(answers, references)]
+    assert right != pytest.approx(sum(each) / 2)
+
+
+@pytest.mark.parametrize(
+    "answer, matches",
+    [
+        ("비가 와요.", True),
+        ("  비가\n\n와요.\u3000", True),
+        (unicodedata.normalize("NFD", "비가 와요."), True),
+        ("비가와요.", False),
+        ("비가 와요", False),
+        ("", False),
+    ],
+)
+def test_exact_match(answer, matches):
+    pytest.importorskip("sacrebleu")
+    assert text(["", ""], ["비가 와요.", "a"], [answer, "A"])[TEXT[0]] == (50.0 * matches, 2)
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -271,23 +323,62 @@ def test_an_adapter_on_korean(ready, warm):
     warm(f"python dataset/prepare_llama3_1_dataset.py {model} --dataset-name-or-path {sample}", cwd=ready)
     warm(f"python tutorial/train_llama3_1.py {model} {TRAIN} --no-quantization", cwd=ready)
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean", cwd=ready)
-    check(done, ready, "./llama3_1_korean", [CHRF, ENDED], "llama3_1_dataset.pt")
-    assert done.stdout.count("Loading adapter ./llama3_1_korean") == 1
+    check(done, ready, "./llama3_1_korean", [*TEXT, ENDED], "llama3_1_dataset.pt")
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean --show 0", cwd=ready)
     assert "Answer in the data" not in done.stdout
 
 
-def test_a_template_of_the_readers_own(trained, warm):
-    """It is measured as conversations are, by what the data says."""
+def test_another_measure_and_other_rows(trained, warm):
+    """--measure; and the file that was prepared again with a row at the top: other rows are held out now."""
     pytest.importorskip("sacrebleu")
-    change_dataset(trained / "llama3_dataset.pt", lambda document: document["meta"].update(template="mine"))
-    warm(f"{EVALUATE} --model-name-or-path ./trained", cwd=trained)
+    command = f"{EVALUATE} --model-name-or-path ./trained --measure text"
+    lines = warm(command, cwd=trained).stdout.splitlines()
     report = json.loads((trained / "trained" / "evaluation.json").read_text(encoding="utf-8"))
-    assert list(report["measures"]) == [PERPLEXITY, CHRF, ENDED]
-    for when in ("before", "after"):
-        each = [chrf("", answers["reference"], answers[when]) for answers in report["answers"]]
-        mean = sum(value for one in each for value in one.values()) / 4
-        assert report["measures"][CHRF][when] == pytest.approx(mean)
+    assert list(report["measures"]) == [PERPLEXITY, *TEXT, ENDED]
+    assert lines.index("./trained, held-out rows of ./llama3_dataset.pt:") == len(lines) - 8  # the answers stand above
+    run = json.loads((trained / "trained" / "run.json").read_text(encoding="utf-8"))
+    run["dataset"]["sha256"]["train"]["input_ids"] = "of other rows"
+    (trained / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    tells(warm(command, cwd=trained, ok=None), "./llama3_dataset.pt has changed since the training", "Prepare")
+    done = warm(f"{command} --dataset-name-or-path ./llama3_dataset.pt", cwd=trained)
+    assert "held-out" not in done.stdout and "not the dataset file of its training" in done.stdout
+
+
+def test_an_adapter_that_changes_its_base(ready, warm):
+    """PiSSA: without the adapter the model is not the base. What is right comes from plain transformers and peft."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(ready / "llama3-8b").float().eval()
+    split = torch.load(ready / "llama3_dataset.pt")["validation"]
+    loss, labels = 0, 0
+    for row in range(4):
+        ids = split["input_ids"][split["offsets"][row] : split["offsets"][row + 1]].long()
+        start = answer_start(split, row)
+        with torch.no_grad():
+            logits = base(input_ids=ids[None]).logits[0, start - 1 : -1]
+        loss += torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum").item()
+        labels += len(ids) - start
+    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 3
+    adapted.save_pretrained(ready / "pissa")
+    load_tokenizer(str(ready / "llama3-8b")).save_pretrained(ready / "pissa")
+    words = "--model-name-or-path ./pissa --dataset-name-or-path ./llama3_dataset.pt --max-new-tokens 6"
+    pytest.importorskip("rouge_score")
+    base_of = "--base-model-name-or-path ./llama3-8b"
+    warm(f"python tutorial/evaluate.py {words} {base_of} --rows 4", cwd=ready)
+    report = json.loads((ready / "pissa" / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["measures"][PERPLEXITY]["before"] == pytest.approx(math.exp(loss / labels), rel=0.002)
+    done = warm(f"python tutorial/compare_adapter.py {words} --rows 4", cwd=ready)
+    assert re.findall(r"--- Base ---\n(.*)\n--- Adapter ---\n(.*)\n", done.stdout) == [
+        (row["before"], row["after"]) for row in report["answers"]
+    ]
+    # A prompt is not cut: its end is the template's own text.
+    done = warm(f"python tutorial/compare_adapter.py {words.replace(' 6', ' 8190')}", cwd=ready, ok=None)
+    tells(done, "--max-new-tokens 8190 leaves no room for the longest prompt")
 
 
 # ------------------------------------------------------------------------------------------------ a reader's mistakes
@@ -299,9 +390,23 @@ def trained(ready):
     (ready / "llama3-8b").rename(ready / "trained")
     write_tiny("llama3", ready / "llama3-8b")
     options = {"model_name_or_path": "./llama3-8b", "dataset_name_or_path": "./llama3_dataset.pt"}
-    run = {"options": options, "dataset": {"template": "summarization"}}
+    run = {"options": options, "dataset": torch.load(ready / "llama3_dataset.pt")["meta"]}
     (ready / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
     return ready
+
+
+@pytest.mark.slow
+def test_bars_on_a_terminal(trained):
+    """Of the answers, and of the tokens of the batch under way; the scores come last."""
+    pytest.importorskip("sacrebleu")
+    words = f"{EVALUATE} --model-name-or-path ./trained --measure text --show 1".split()[1:]
+    env = environment(HF_HOME=str(trained / ".hf_home"))
+    status, text = terminal.run([sys.executable, *words], [], trained, env)
+    assert status == 0, text
+    for when in ("before", "after"):
+        assert re.search(rf"{when}: +0%\|.*0/4", text) and re.search(rf"{when}: 100%\|.*4/4 .*(row/s|s/row)\]", text)
+    assert re.search(r"tokens: .*/6 .*token", text) and "perplexity: " in text
+    assert text.index("--- Before ---") < text.index("Exact match: ") < text.index("\nExact match (%)")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from common.support.exit import is_out_of_memory
 from tests.helpers import INFERENCE, TRAIN, contents, error_of
 
 # A script on a machine whose memory gives out at one call; in torch's own words.
@@ -16,14 +17,18 @@ import torch, transformers
 
 
 def full(*_, **__):
-    raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: error 12")
+    raise RuntimeError(MESSAGE)
 
 
+MESSAGE = "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: error 12"
 place, *sys.argv = sys.argv[1:]
 if place == "loading":
     transformers.AutoModelForCausalLM.from_pretrained = full
     shutil.disk_usage = lambda _: shutil._ntuple_diskusage(10**15, 0, 10**15)
 elif place == "training":
+    torch.Tensor.backward = full
+elif place == "onednn":
+    MESSAGE = "could not create a primitive"
     torch.Tensor.backward = full
 else:
     transformers.GenerationMixin.generate = full
@@ -55,8 +60,10 @@ def test_in_a_training_each_option_that_is_not_taken_yet_helps(full, ready):
     line, named = full("training", TRAIN)
     assert named == OF_TRAINING - {"--micro-batch-tokens"}  # each row was alone in the end
     assert re.search(r"the training does not fit into the device's \d+\.\d GB\. ", line)
-    _, named = full("training", f"{TRAIN} --use-lora --gradient-checkpointing")
+    assert "oneDNN" not in line
+    line, named = full("onednn", f"{TRAIN} --use-lora --gradient-checkpointing")
     assert named == {"--load-in-4bit"}
+    assert line.endswith("If memory was free, oneDNN fails on this CPU: set ONEDNN_MAX_CPU_ISA=AVX2.")
     assert contents(ready / "llama3-8b") == before and not (ready / "llama3_summarization" / "run.json").exists()
 
 
@@ -77,3 +84,15 @@ def test_in_an_evaluation(full, ready):
     shutil.copytree(ready / "llama3-8b", ready / "base")
     _, named = full("answering", f"{EVALUATE} --base-model-name-or-path ./base")
     assert named == {"--load-in-4bit", "--batch-rows", "--max-new-tokens"}
+
+
+@pytest.mark.parametrize(
+    "message, full",
+    [
+        ("could not create a primitive", True),
+        ("could not create a primitive descriptor for a matmul primitive", False),  # unslothai/unsloth, issue 3292
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_which_errors_are_a_full_memory(message, full):
+    assert is_out_of_memory(RuntimeError(message)) == full

@@ -37,6 +37,9 @@ def wait_for(process, happened):
         time.sleep(0.02)
 
 
+ANSWER = "Stopping after this micro-batch, then writing the checkpoint; press again to lose it."
+
+
 def test_ctrl_c_in_training(ready):
     words = "--batch-size 8 --max-train-steps 100000 --log-interval 1 --eval-rows 0"
     process = start(f"python tutorial/train_llama3.py {words}", cwd=ready)
@@ -53,8 +56,28 @@ def test_ctrl_c_in_training(ready):
     line = f"Stopped after step {step}; checkpoint saved in llama3_summarization/{checkpoint}. "
     line += "Run the same command to resume."
     assert process.returncode == -signal.SIGINT and err.splitlines()[-1] == line, err
+    assert ANSWER in err.splitlines(), err
     assert "Saving" not in out and "Traceback" not in err
     assert {path.name for path in ready.iterdir() if path.name.startswith(".")} <= {".hf_home"}
+
+
+@pytest.mark.slow
+def test_ctrl_c_is_answered_before_torch_returns(folder):
+    """Python calls a signal's handler between two of its own instructions. A backward pass is one, of some seconds."""
+    code = """
+import torch
+from common.support.exit import StopRequest
+ones = torch.ones(5000, 5000)
+with StopRequest():
+    print("begin", flush=True)
+    ones @ ones
+    print("end", flush=True)
+"""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=folder, env=environment(PYTHONPATH="."), **pipes)
+    assert process.stdout.readline() == "begin\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=TIMEOUT)[0].splitlines()[:3] == ["", ANSWER, "end"]
 
 
 def test_sigterm_in_prepare(ready):

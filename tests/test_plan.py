@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from common.checkpoint import Checkpoint
 from common.device import Device
@@ -266,6 +267,8 @@ def test_a_resumed_run_keeps_its_choice(model_dir, monkeypatch):
         resume = Checkpoint(model_dir, {"state": state, "options": {"micro_batch_tokens": 0}})
         plan = planned(monkeypatch, asked(model_dir), resume=resume)  # a larger machine than the one where it began
         assert plan[:2] == (tokens, checkpointing) and plan.prediction.setup.tokens == tokens
+        plan = planned(monkeypatch, asked(model_dir, micro_batch_tokens=128), resume=resume)
+        assert plan[:2] == (128, checkpointing) and plan.prediction.setup.tokens == 128  # what is newly given
 
 
 def test_weights_that_do_not_fit_are_refused_with_a_command_that_fits(model_dir, monkeypatch):
@@ -320,6 +323,9 @@ def test_a_training_prints_what_it_will_take_and_what_it_took(ready, warm):
     sizes = re.fullmatch(r"Memory plan: predicted peak (.*) GB, measured (.*) GB \([+-]\d+%\)", plans[2]).groups()
     predicted, measured = map(float, sizes)
     assert plans[0].endswith(f": peak {predicted:.2f} GB") and measured > 0.2
+    size = sum(tensor.numel() for tensor in load_file(ready / "llama3_summarization" / "model.safetensors").values())
+    weights = f"{4 * size / 1e6:.0f}"  # in MB: in GB it would be 0.00
+    assert plans[1].startswith(f"Memory plan: weights {weights}, gradients {weights}, ") and plans[1].endswith(" MB")
 
 
 @pytest.mark.parametrize("switch", first_fast(1, ["on", "off"]))

@@ -200,7 +200,7 @@ def test_throughput_counts_no_padding(directory, tmp_path):
     _, records, *_ = run(directory, tmp_path, eval_rows=0, log_interval=7)
     (record,) = records
     tokens = sum(int(row_lengths(a_split(1, rows=30))[rows].sum()) for rows in first_epoch()[1])
-    assert record["tokens_per_second"] * record["duration"] == pytest.approx(tokens)
+    assert record["tokens_per_second"] * record["duration"] == pytest.approx(tokens, rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_ends_with_what_to_do(directory, tmp_path):
@@ -256,6 +256,22 @@ def test_a_broken_training_leaves_the_good_checkpoint(directory, tmp_path, monke
     with pytest.raises(UserError, match=r"The loss is nan at step 4.*--restart \(.*checkpoint-3 is from before it\)"):
         run(directory, tmp_path, kind=Strange, micro_batch_tokens=10_000, eval_rows=0, save_steps=1)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_held_out_loss_that_is_no_number_is_never_the_best(directory, tmp_path):
+    class StrangeAfterTheFirstStep(Strange):
+        def forward(self, **batch):
+            loss = super().forward(**batch)
+            return loss if torch.is_grad_enabled() or self.seen != 1 else loss * math.nan
+
+        seen = 0
+
+    same = {"micro_batch_tokens": 10_000, "keep_best": True, "eval_step": 1, "max_train_steps": 3}
+    _, records, printed, facts = run(directory, tmp_path, kind=StrangeAfterTheFirstStep, **same)
+    assert "[Step 1/3] | Held-out loss: nan" in printed
+    held_out = [record["held_out_loss"] for record in records if "held_out_loss" in record]
+    assert len(held_out) == 4 and math.isnan(held_out[1])
+    assert facts["held_out_loss"]["after"] == records[-1]["best_held_out_loss"] == min(held_out[2:])
 
 
 def test_static_shapes_are_static_for_the_short_last_batch_too(directory, tmp_path):

@@ -14,9 +14,9 @@ No model, data or account is needed. --device-memory asks about GPUs that you th
     versions   {"python", "torch", ...}, null where not installed;   disk_free  in the working directory; both are of
                this machine, and null with --device-memory
     hub        {"endpoint", "reachable": true or false, "token": "none", "accepted", "refused" or "not verified"}
-    tutorials  [{"name", "method": "full", "lora", "lora_4bit" or "rehearsal", "devices" that it uses, "memory" of each
-               and "disk" that it needs, "least": memory of a device by each method, "disk_enough": true or false,
-               "commands": to download, prepare and train}]
+    tutorials  [{"name", "method": "full", "lora", "lora_4bit", "rehearsal", or "none" of a model of your own that does
+               not fit, "devices" that it uses, "memory" of each and "disk" that it needs, "least": memory of a device
+               by each method, "disk_enough": true or false, "commands": to download, prepare and train}]
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import json
 import shutil
 import sys
 import textwrap
-import unicodedata
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -177,6 +176,7 @@ def rate_of(device) -> Optional[float]:
 
 def show(found: dict) -> None:
     """Print the tables."""
+    from common.train_log import print_table
     from model.tutorials import METHODS
 
     rows = []
@@ -205,7 +205,7 @@ def show(found: dict) -> None:
 
     rows = []
     for tutorial in found["tutorials"]:
-        best = "rehearsal"
+        best = tutorial["method"]
         if tutorial["method"] in METHODS:
             best = f"{METHODS[tutorial['method']]}, {tutorial['memory'] / 1e9:.0f} GB"
             if tutorial["devices"] > 1:
@@ -216,34 +216,20 @@ def show(found: dict) -> None:
     print("\nMinimum memory of each device (GB), and disk for model, checkpoints and result (GB):\n")
     print_table(["Model", *METHODS.values(), "disk", "best method that fits"], rows, left=(0, len(METHODS) + 2))
 
-    real = [row["commands"][-1] for row in found["tutorials"] if row["method"] in METHODS]
-    rehearsal = next((row for row in found["tutorials"] if row["method"] not in METHODS), None)
-    if real:
-        print("\nTrain, after download_* and prepare_* of the same tutorial:")
-        for command in real:
+    real = [row["commands"] for row in found["tutorials"] if row["method"] in METHODS]
+    rehearsal = next((row for row in found["tutorials"] if row["method"] == "rehearsal"), None)
+    if real and len(found["tutorials"]) == 1:
+        print("\nCommands:")
+        for command in real[0]:
             print(f"  {command}")
+    elif real:
+        print("\nTrain, after download_* and prepare_* of the same tutorial:")
+        for commands in real:
+            print(f"  {commands[-1]}")
     if rehearsal:
         print(f"\nRehearse with a tiny random model, here {rehearsal['name']} (--json lists the others):")
         for command in rehearsal["commands"]:
             print(f"  {command}")
-
-
-def print_table(header: list, rows: list, left=(0,)) -> None:
-    """Print a table of texts. left: the numbers of its columns that are aligned to the left."""
-    widths = [max(map(width, column)) for column in zip(header, *rows)]
-    for number, row in enumerate([header, *rows]):
-        cells = []
-        for column, text in enumerate(row):
-            space = " " * (widths[column] - width(text))
-            cells.append(text + space if column in left else space + text)
-        print("   ".join(cells).rstrip())
-        if number == 0:
-            print("-" * width("   ".join(cells)))
-
-
-def width(text: str) -> int:
-    """The columns that a text takes in a terminal: a Korean letter takes two."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
 def notes(found: dict) -> list:

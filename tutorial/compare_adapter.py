@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import Parser, add_bits, positive_int
 from common.support.exit import run
-from common.support.model_dir import require_adapter
+from common.support.model_dir import ModelSource, require_adapter
 
 
 def main():
@@ -20,6 +20,7 @@ def main():
     add("--model-name-or-path", default="./llama3_1_korean", help="directory of the adapter")
     add("--dataset-name-or-path", default="./llama3_1_dataset.pt", help="dataset file with the held-out rows")
     add("--rows", type=positive_int, default=3, help="held-out rows whose questions are asked")
+    add("--batch-rows", type=positive_int, default=8, help="questions asked at once, fewer need less memory")
     add("--max-new-tokens", type=positive_int, default=64, help="tokens of an answer at most")
     add_bits(parser, "load the base in 4 bit")
     args = parser.parse_args()
@@ -29,26 +30,33 @@ def main():
     from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
     from common.tokenization import load_tokenizer
-    from common.train_log import print_answers
-    from model.generate import generate_answers, prompt_room
+    from common.train_log import print_answers, with_progress
+    from model.generate import generate_in_batches
     from model.load import load_model
+    from model.lora import load_adapter
 
     device = start_device(seed=0)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer)
     questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
-    model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
+    prompts = [prompt for prompt, _ in questions]
+    source = ModelSource(args.model_name_or_path)
+    if not source.was_trained_on(dataset["meta"]):
+        print(f"{args.dataset_name_or_path} is not the file of the adapter's training: it may have learned these rows.")
 
-    ends = stop_token_ids(dataset["meta"], tokenizer)
-    room = prompt_room(model, args.max_new_tokens)
-    prompts = [prompt[:room] for prompt, _ in questions]
-    after = generate_answers(model, tokenizer, prompts, args.max_new_tokens, ends)
-    with model.disable_adapter():  # the same weights, asked without what was learned
-        before = generate_answers(model, tokenizer, prompts, args.max_new_tokens, ends)
+    def ask(model, name):
+        parts = generate_in_batches(model, tokenizer, prompts, args, stop_token_ids(dataset["meta"], tokenizer))
+        return [answer.text.strip() for part in with_progress(parts, len, name, len(prompts)) for answer in part]
+
+    # The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).
+    bits = source.base_bits if args.bits is None else args.bits
+    model = load_model(source.base, device.torch_device, device.dtype, bits)
+    before = ask(model, "base")
+    after = ask(load_adapter(model, args.model_name_or_path), "adapter")
 
     for prompt, (_, reference), base, adapter in zip(prompts, questions, before, after):
         question = tokenizer.decode(prompt, skip_special_tokens=True).strip()
-        answers = {"Base": base.text.strip(), "Adapter": adapter.text.strip(), "Answer in the data": reference}
+        answers = {"Base": base, "Adapter": adapter, "Answer in the data": reference}
         print_answers(question, answers)
 
 

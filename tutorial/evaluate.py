@@ -6,21 +6,24 @@ python tutorial/evaluate.py --model-name-or-path ./my_model --base-model-name-or
     --dataset-name-or-path ./my_dataset.pt
 
 Base and dataset file are those that the training's run.json names, where they are not given. The rows are the first of
-the held-out ones, as for the training's held-out loss. What is measured goes by the template of the dataset file:
+the held-out ones, as for the training's held-out loss. What is measured was written into the dataset file when it was
+prepared; --measure chooses another:
 
-all        perplexity: exp of the mean loss of an answer token. Only models of one tokenizer can be compared by it.
-summaries  ROUGE-1, -2 and -L, F1 (Lin 2004, https://aclanthology.org/W04-1013/), words stemmed, for English only.
-           ROUGE-L takes the whole summary as one sequence; papers often print ROUGE-Lsum, by sentence, which is higher.
+always     perplexity: exp of the mean loss of an answer token. Only models of one tokenizer can be compared by it.
+           ends by itself: the answers that stop before --max-new-tokens.
 code       parses: it is Python (where the answer has a fenced block: what that holds) and not empty.
            defines what was asked: where the data's answer defines functions or classes at its top level, so does this
            one; those that the prompt names by their names, else one of the same kind. Rows without any don't count.
            No code is run: what parses may still be wrong.
-others     chrF2 of the letters (Popovic 2015, https://aclanthology.org/W15-3049/), of any language and any template:
-           conversations, Korean, your own. It says how much of the data's words an answer has, not whether it is right.
+summary    ROUGE-1, -2 and -L, F1 (Lin 2004, https://aclanthology.org/W04-1013/). Words are letters and digits of any
+           alphabet, Hangul too, between two other characters; English ones are stemmed, as rouge-score does it.
+           ROUGE-L takes the whole summary as one sequence; papers often print ROUGE-Lsum, by sentence, which is higher.
+text       exact match: the answer is the data's, white space apart.
+           chrF2 of the letters (Popovic 2015, https://aclanthology.org/W15-3049/), over all answers together, as
+           sacrebleu gives it. It says how much of the data's words an answer has, not whether it is right.
 
-Answers are greedy; those are also counted that end by themselves. A share p of n rows is known to about
-2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. The first answers are shown side by side, all of them go to
-evaluation.json: read them.
+Answers are greedy. A share p of n rows is known to about 2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. The begins
+of the first answers are shown side by side, all of them go to evaluation.json: read them.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
 from common.support.model_dir import ModelSource, require_model
 
+MAX_LINES, MAX_LETTERS = 5, 600  # of an answer to print; evaluation.json has all of it
+
 
 def arguments():
     """The options; base and dataset file, where they are not given, as the training had them."""
@@ -46,6 +51,8 @@ def arguments():
     add("--base-model-name-or-path", help="the model before the training (default: as run.json beside the model says)")
     add("--dataset-name-or-path", help="dataset file with the held-out rows (default: as run.json says)")
     add("--save-dir", help="directory for evaluation.json and evaluation.png (default: that of the model)")
+    measures = ["code", "summary", "text"]
+    add("--measure", choices=measures, help="what to measure of the answers (default: as the dataset file says)")
     add("--rows", type=positive_int, default=64, help="held-out rows to use at most")
     add("--batch-rows", type=positive_int, default=8, help="questions asked at once, fewer need less memory")
     add("--max-new-tokens", type=positive_int, default=256, help="tokens of an answer at most")
@@ -58,6 +65,7 @@ def arguments():
     trained = source.run.get("options", {})
     base = source.base if source.is_adapter else trained.get("model_name_or_path")
     args.base_model_name_or_path = args.base_model_name_or_path or base
+    args.file_is_given = bool(args.dataset_name_or_path)
     args.dataset_name_or_path = args.dataset_name_or_path or trained.get("dataset_name_or_path")
     for option in ("--base-model-name-or-path", "--dataset-name-or-path"):
         if not getattr(args, option[2:].replace("-", "_")):
@@ -76,67 +84,108 @@ def main():
     from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
     from common.device import start_device
     from common.tokenization import fingerprint, load_tokenizer
-    from common.train_log import print_answers, with_progress
-    from dataset.scores import compare_scores, draw_table, measures_for, print_table
+    from common.train_log import with_progress
+    from dataset.scores import MEASURES, compare_scores
     from model.generate import generate_in_batches, perplexity
     from model.load import load_model
+    from model.lora import load_adapter
 
     device = start_device(seed=0)
     tokenizer = load_tokenizer(args.model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer)
-    if fingerprint(load_tokenizer(args.base_model_name_or_path)) != dataset["meta"]["tokenizer"]:
+    meta = dataset["meta"]
+    if fingerprint(load_tokenizer(args.base_model_name_or_path)) != meta["tokenizer"]:
         raise UserError(
             f"{args.base_model_name_or_path} has another tokenizer than {args.model_name_or_path}: it can't have been "
             "its base. Give the right one with --base-model-name-or-path."
         )
+
+    # The questions, the data's answers (the references), and what is measured of a model's answers.
     questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
-    prompts, references = [prompt for prompt, _ in questions], [reference for _, reference in questions]
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    measures = measures_for(dataset["meta"]["template"])
-    for score in measures:
-        score("", "", "")  # A missing package is reported before the work.
-    ends = stop_token_ids(dataset["meta"], tokenizer)
-    static_length = dataset["meta"]["block_size"] if device.static_shapes else 0
+    title = title_of_rows(args, meta)
+    prompts = [prompt for prompt, _ in questions]
+    references = [reference for _, reference in questions]
+    measure = MEASURES[args.measure or meta["measure"]]
+    measure([""], [""], [""])  # A missing package is reported before the work.
+
+    # The rows again, as a training takes them: for the perplexity.
+    static_length = meta["block_size"] if device.static_shapes else 0
     batches = Batches(dataset["validation"], args.batch_rows, device.micro_batch_tokens, static_length)
 
-    def load(directory):
-        return load_model(directory, device.torch_device, device.dtype, args.bits)
-
-    def measure(model, when):
+    def ask(model, when):
+        """The perplexity of a model, and its answers: (text, whether it ended by itself) each."""
         mean_perplexity = perplexity(model, batches, len(prompts), device)
-        parts = with_progress(generate_in_batches(model, tokenizer, prompts, args, ends), len, when, len(prompts))
+        parts = generate_in_batches(model, tokenizer, prompts, args, stop_token_ids(meta, tokenizer))
+        parts = with_progress(parts, len, when, len(prompts))
         return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 
+    # The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).
     source = ModelSource(args.model_name_or_path)
-    if source.is_adapter and source.base == args.base_model_name_or_path:
-        model = load(args.model_name_or_path)
-        with model.disable_adapter():  # the same weights, asked without what was learned
-            before = measure(model, "before")
-        after = measure(model, "after")
-    else:  # one after the other: only one of the two is in memory
-        before = measure(load(args.base_model_name_or_path), "before")
-        after = measure(load(args.model_name_or_path), "after")
+    is_its_base = source.is_adapter and Path(source.base).resolve() == Path(args.base_model_name_or_path).resolve()
+    bits = source.base_bits if is_its_base and args.bits is None else args.bits
+    model = load_model(args.base_model_name_or_path, device.torch_device, device.dtype, bits)
+    before = ask(model, "before")
+    if is_its_base:
+        model = load_adapter(model, args.model_name_or_path)
+    else:
+        model = None  # Only one of the two models is in memory.
+        model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
+    after = ask(model, "after")
 
-    table = compare_scores(measures, texts, references, before, after)
-    report = {"command": sys.argv, "options": vars(args), "dataset": dataset["meta"], "device": device.name}
-    report["measures"] = table
+    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
+    report = {"command": sys.argv, "options": vars(args), "dataset": meta, "device": device.name}
+    report["measures"] = compare_scores(measure, texts, references, before, after)
     report["answers"] = [
         {"prompt": prompt, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
         for prompt, reference, (old, old_ended), (new, new_ended) in zip(texts, references, before[1], after[1])
     ]
-    save_dir = Path(args.save_dir)
-    with atomic_write(save_dir / "evaluation.json") as new:
+    save(report, Path(args.save_dir))  # before it is printed: `| head` may have closed the output
+    show(report, args.show, title, measure.__doc__)
+
+
+def title_of_rows(args, meta: dict) -> str:
+    """What the table says of its rows: they are held out only where the file is the very one of the training.
+
+    UserError where the file of the training was prepared again: other rows are held out now.
+    """
+    model, file = args.model_name_or_path, args.dataset_name_or_path
+    if ModelSource(model).was_trained_on(meta):
+        return f"{model}, held-out rows of {file}:"
+    if not args.file_is_given:
+        raise UserError(
+            f"{file} has changed since the training of {model}, so its held-out rows may be rows that were trained on. "
+            "Prepare it as for the training, train again, or give another file with --dataset-name-or-path."
+        )
+    return f"{model}, rows of {file} (not the dataset file of its training: it may have learned them):"
+
+
+def save(report: dict, directory: Path) -> None:
+    """Write evaluation.json and evaluation.png."""
+    from dataset.scores import draw_table
+
+    with atomic_write(directory / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    draw_table(table, save_dir / "evaluation.png")
-    # Saved before it is printed: `| head` may have closed the output.
-    print(f"{args.model_name_or_path}, held-out rows of {args.dataset_name_or_path}:")
-    print_table(table)
-    for score in measures:
-        print(" ".join(score.__doc__.split()))  # what it measures
-    for row in report["answers"][: args.show]:
-        shown = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
-        print_answers(row["prompt"].strip(), shown)
-    print(f"Saved in {args.save_dir}: evaluation.json, evaluation.png")
+    draw_table(report["measures"], directory / "evaluation.png")
+
+
+def show(report: dict, rows: int, title: str, description: str) -> None:
+    """Print the begins of the answers to the first `rows` questions, what was measured, and the table."""
+    from common.train_log import print_answers, print_table
+    from dataset.scores import table_rows
+
+    for row in report["answers"][:rows]:
+        answers = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
+        print_answers(row["prompt"].strip(), {name: begin_of(answer) for name, answer in answers.items()})
+    print("\n" + " ".join(description.split()))
+    print(f"\n{title}")
+    print_table(["Measure", "Before", "After", "Rows"], table_rows(report["measures"]))
+    print(f"Saved in {report['options']['save_dir']}: evaluation.json, evaluation.png")
+
+
+def begin_of(answer: str) -> str:
+    """The first lines of an answer."""
+    begin = "\n".join(answer[:MAX_LETTERS].split("\n")[:MAX_LINES])
+    return begin if begin == answer else f"{begin} ..."
 
 
 if __name__ == "__main__":

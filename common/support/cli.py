@@ -297,7 +297,7 @@ def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
         "lora_alpha": config.get("lora_alpha"),
         "lora_dropout": config.get("lora_dropout", 0.0),
         "lora_target_modules": source.run.get("options", {}).get("lora_target_modules") or sorted(layers),
-        "bits": int(source.adapter_facts.get("base_bits", 0)),
+        "bits": source.base_bits or 0,
     }
     if config.get("peft_type") != "LORA" or not isinstance(values["lora_r"], int):
         raise UserError(f"{adapter}/adapter_config.json is not of LoRA or is damaged: train the adapter again")

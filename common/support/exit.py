@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -23,6 +24,7 @@ from typing import Callable, Optional
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 INTERRUPTED = "Interrupted. Run the same command again to continue."
+STOPPING = "Stopping after this micro-batch, then writing the checkpoint; press again to lose it."
 CLOSED_PIPE = 128 + 13  # the exit status of a program that SIGPIPE ends
 # Windows has no SIGHUP.
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -123,7 +125,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     signs = "out of memory|DefaultCPUAllocator|an't allocate memory|annot allocate memory|bad_alloc"
-    signs += "|could not create a primitive|could not create a memory"
+    # With "primitive descriptor", oneDNN has no such product for this CPU.
+    signs += "|could not create a primitive(?! descriptor)|could not create a memory"
     return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))
 
 
@@ -222,13 +225,15 @@ class Stopped(Exception):
 class StopRequest:
     """Inside `with`, Ctrl-C and SIGTERM are requests: `number` is the signal that came, or 0.
 
-    A second Ctrl-C ends the script at once. A second SIGTERM changes nothing: schedulers send it to the whole group.
+    The first Ctrl-C is answered at once, a second one ends the script. A second SIGTERM changes nothing: schedulers
+    send it to the whole group.
     """
 
     def __init__(self):
         self.number = 0
         self.at_once = False
         self._handlers: dict = {}
+        self._signals = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # only there can handlers be set
@@ -236,9 +241,19 @@ class StopRequest:
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                 numbers.append(signal.SIGINT)
             self._handlers = {number: signal.signal(number, self._hear) for number in numbers}
+        if signal.SIGINT in self._handlers:
+            # Python calls `_hear` when torch returns, which takes seconds in a backward pass. Its C code writes the
+            # number of the signal into this socket at once.
+            reader, self._signals = socket.socketpair()
+            self._signals.setblocking(False)
+            signal.set_wakeup_fd(self._signals.fileno())
+            threading.Thread(target=_answer_ctrl_c, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, kind, error, _) -> None:
+        if self._signals:
+            signal.set_wakeup_fd(-1)
+            self._signals.close()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self.number and kind is None:  # the signal came after the last check
@@ -251,6 +266,15 @@ class StopRequest:
             self.at_once = True
             raise KeyboardInterrupt
         self.number = self.number or number
+
+
+def _answer_ctrl_c(signals: socket.socket) -> None:
+    """Print a line when the number of SIGINT comes; end when the other side is closed."""
+    with signals:
+        for number in iter(lambda: signals.recv(1), b""):
+            if number[0] == signal.SIGINT:
+                print(f"\n{STOPPING}", file=sys.stderr, flush=True)
+                break
 
 
 # ------------------------------------------------------------------------------------------------ torchrun

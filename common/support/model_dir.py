@@ -73,6 +73,16 @@ class ModelSource:
         """The name of the prompt template that it was trained with; None where nothing says so."""
         return self.adapter_facts.get("template") or self.run.get("dataset", {}).get("template")
 
+    @property
+    def base_bits(self) -> Optional[int]:
+        """The bits in which the adapter's base model was in the training; None where nothing says so."""
+        bits = self.adapter_facts.get("base_bits")
+        return None if bits is None else int(bits)
+
+    def was_trained_on(self, dataset_meta: dict) -> bool:
+        """Whether the dataset file with this meta is the one of the training: only then its held-out rows are new."""
+        return self.run.get("dataset", {}).get("sha256") == dataset_meta["sha256"]
+
     @cached_property
     def config(self) -> dict:
         """config.json as it is written; {} of a hub id."""
