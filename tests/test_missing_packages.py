@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from common.support.exit import UserError
 from model import lora
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, environment, run
 from tests.helpers import TRAIN, change_dataset, contents, first_fast, needs_bitsandbytes, refusal, tells
 
 LORA = f"{TRAIN} --use-lora"
@@ -116,8 +118,18 @@ def test_what_judges_answers_is_told_before_any_is_made(package, template, ready
     words = "--base-model-name-or-path ./llama3-8b --dataset-name-or-path ./llama3_dataset.pt"
     command = f"python tutorial/evaluate.py --model-name-or-path ./llama3-8b {words}"
     done = run(command, cwd=ready, env={"PYTHONPATH": str(tmp_path)}, ok=None)
-    tells(done, f"{package} is not installed: pip install -r requirements/requirements_")
+    tells(done, f"{package} is not installed: pip install '{package.replace('_', '-')}>=")  # of no tutorial
     assert contents(ready) == before and "Loading weights" not in done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "bin" / "activate").is_file(), reason="needs the environment of the page")
+def test_a_shell_without_the_environment_is_told_to_activate_it(ready):
+    """By the Python that the environment was made of, with no packages."""
+    python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}"
+    script = [python, "-S", ROOT / "dataset" / "prepare_llama3_dataset.py"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert "is not installed: first activate the environment with . .venv/bin/activate" in done.stderr
 
 
 @pytest.mark.parametrize("package", first_fast(1, ["peft", "matplotlib", "psutil", "transformers", "tqdm"]))

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Dict
 
-from common.support.exit import UserError, requirements_file_for
+from common.support.exit import UserError, install_command
 
 
 def require_package(package: str, least: tuple, what: str) -> None:
@@ -34,9 +34,7 @@ def require_package(package: str, least: tuple, what: str) -> None:
         problem = f"{installed} does not work with torch {torch} ({type(error).__name__})"
     if problem:
         number = ".".join(map(str, least))
-        raise UserError(
-            f"{what} needs {package} {number} or newer, and {problem}: pip install -r {requirements_file_for(package)}"
-        )
+        raise UserError(f"{what} needs {package} {number} or newer, and {problem}: {install_command(package)}")
 
 
 def load_chat_template_file(tokenizer) -> None:

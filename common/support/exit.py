@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from shlex import quote
 from typing import Callable, Optional
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
@@ -109,7 +110,7 @@ def _one_line(error: BaseException) -> str:
         return "another process failed; see torchrun's report (Root Cause) below."
     if is_out_of_memory(error):
         return f"Out of memory ({short_message(error, 120)}). Close other programs or use a larger machine."
-    if isinstance(error, ModuleNotFoundError) and error.name and requirements_file_for(error.name):
+    if isinstance(error, ModuleNotFoundError) and error.name and install_command(error.name):
         return install_hint(error.name)
     if disk_problem(error):
         path = getattr(error, "filename", None) or "a file"
@@ -164,27 +165,31 @@ def without_secrets(text: str) -> str:
     return re.sub(r"\bhf_\w{8,}", "***", text)
 
 
-def requirements_file_for(module: str) -> str:
-    """The requirements file that lists the package of `module`, "" where none does.
+def install_command(module: str) -> str:
+    """The command that installs the package of `module`, "" if no requirements file lists it.
 
-    Where several files list it, that of the running script's tutorial.
+    It names the file of the running script's tutorial, or the only one that lists the package, or else the package. In
+    a shell without the environment, in which all are installed, it is the command that activates it.
     """
+    activate = REQUIREMENTS.parent / ".venv" / "bin" / "activate"
+    if sys.prefix == sys.base_prefix and activate.is_file():
+        return f"first activate the environment with . {quote(os.path.relpath(activate))}"
     package = module.split(".")[0].replace("_", "-")
-    files = [
-        path.stem
-        for path in sorted(REQUIREMENTS.glob("requirements_*.txt"))
-        if re.search(rf"(?m)^{package}\b(?!-)", path.read_text(encoding="utf-8").replace("_", "-"))
-    ]
-    of_script = [file for file in files if file[len("requirements_") :] in Path(sys.argv[0]).stem]
-    chosen = max(of_script, key=len, default=files[0] if files else "")
-    return f"requirements/{chosen}.txt" if chosen else ""
+    found = {}
+    for path in REQUIREMENTS.glob("requirements_*.txt"):
+        listed = re.search(rf"(?m)^{package}\b(?!-)[^#\n]*", path.read_text(encoding="utf-8").replace("_", "-"))
+        if listed:
+            found[path.stem[len("requirements_") :]] = listed[0].strip()
+    of_script = [name for name in found if name in Path(sys.argv[0]).stem]
+    if of_script or len(found) == 1:
+        return f"pip install -r requirements/requirements_{max(of_script or found, key=len)}.txt"
+    return f"pip install {quote(min(found.values()))}" if found else ""
 
 
 def install_hint(module: str) -> str:
     """The line for a package that is not installed."""
     package = module.split(".")[0]
-    file = requirements_file_for(module)
-    return f"{package} is not installed: pip install {f'-r {file}' if file else package}"
+    return f"{package} is not installed: {install_command(module) or f'pip install {package}'}"
 
 
 def _end(status: int) -> None:
