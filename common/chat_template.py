@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from copy import deepcopy
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from os.path import commonprefix
 from typing import List, NamedTuple, Optional, Sequence, Tuple
@@ -33,6 +33,7 @@ class Conversation(NamedTuple):
 
     messages: list  # dicts with "role" and "content", or ShareGPT's "from" and "value"
     tools: Optional[list] = None  # that the assistant may call, as JSON schemas
+    system: str = ""  # the system message, if `messages` have none
 
 
 class Rendered(NamedTuple):
@@ -92,6 +93,16 @@ class ChatTemplate:
                 advice = "If it takes no system message, put that text before the first user message's."
             raise UserError(f"the {self.name} refuses it: {short_message(error)}. {advice}") from None
 
+    @cached_property
+    def takes_objects(self) -> bool:
+        """Whether the arguments of tool calls may be objects. Some templates join them to their text."""
+        call = {"type": "function", "id": "a" * 9, "function": {"name": "f", "arguments": {"a": "b"}}}
+        try:
+            text = self.render([QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        except UserError:
+            return False
+        return "{'a': 'b'}" not in text
+
     def render_last_answer(self, messages: List[dict], tools: Optional[list] = None) -> Rendered:
         """A conversation that ends with an answer, and where that is."""
         text, before = self.render(messages, tools), messages[:-1]
@@ -106,7 +117,7 @@ class ChatTemplate:
     def render_answers(self, messages: List[dict], tools: Optional[list] = None) -> List[Rendered]:
         """The conversation up to its last answer with content, with all answers; [] if there is none. If the template
         rewrites earlier turns (it drops their thinking, or moves the system text): one for each answer with content."""
-        numbers = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+        numbers = [number for number, message in enumerate(messages, 1) if is_learned(message)]
         while numbers and not has_content(messages[numbers[-1] - 1]):
             numbers.pop()
         if not numbers:
@@ -154,6 +165,11 @@ def get_chat_template(tokenizer) -> ChatTemplate:
 
 def _as_json(value) -> str:
     return json.dumps(value, ensure_ascii=False, default=repr)
+
+
+def is_learned(message: dict) -> bool:
+    """Whether a message is an answer; in OpenAI's format, one with `"weight": 0` is only read."""
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def has_content(message: dict) -> bool:

@@ -7,7 +7,6 @@ asks it for columns. If one is missing, the error says which, and how to name yo
 from __future__ import annotations
 
 import math
-import shlex
 from contextlib import suppress
 from copy import copy
 from datetime import date, time, timedelta
@@ -49,6 +48,11 @@ def clean_cell(value):
         with suppress(UnicodeDecodeError):  # An image, which a row may hold if no template uses it.
             return value.decode("utf-8")
     return value
+
+
+def is_filled(value) -> bool:
+    """Whether a cell holds something."""
+    return clean_cell(value) not in ("", [], {})
 
 
 def to_text(value) -> str:
@@ -98,6 +102,13 @@ def asked_columns(template: Callable, row: dict) -> Dict[str, bool]:
     return recorder.asked
 
 
+def unused_columns(template: Callable, row: dict) -> List[str]:
+    """The columns that hold something for which the template does not ask."""
+    asked = asked_columns(template, row)
+    # The index that pandas writes has no name.
+    return [name for name, value in row.items() if name and name not in asked and is_filled(value)]
+
+
 def missing_columns(template: Callable, row: dict) -> List[str]:
     """The columns that the template requires and the row does not have."""
     return [name for name, required in asked_columns(template, row).items() if required and name not in row]
@@ -134,6 +145,8 @@ def apply_template(template: Callable, row: dict):
         if hasattr(made, "messages"):
             return made
         return Example([to_text(piece) for piece in made.prompt], to_text(made.answer))
+    except UserError as error:
+        raise UserError(f"{row_location(row)}: {error}") from None
     except Exception as error:  # A template is the user's own code and can fail in any way.
         raise UserError(row_location(row) + _complaint(template, cells, error)) from None
 
@@ -150,19 +163,8 @@ def _complaint(template: Callable, row: dict, error: Exception) -> str:
     if missing and isinstance(error, KeyError):
         plural = "s" if len(missing) > 1 else ""
         names = ", ".join(map(repr, missing))
-        return f" has no column{plural} {names}; it has: {join_names(row)}. {_advice(template, row, missing)}"
+        option = " ".join(f"{name}=COLUMN" for name in missing)
+        return f" has no column{plural} {names}; it has: {join_names(row)}. Name yours: --columns {option}"
     frame = extract_tb(error.__traceback__)[-1]
     place = f"{Path(frame.filename).name}, line {frame.lineno}"
     return f": the template {template.__name__} fails in {place} ({type(error).__name__}: {error})"
-
-
-def _advice(template: Callable, row: dict, missing: List[str]) -> str:
-    """The --columns option that names the missing columns, ready to be pasted."""
-    asked = asked_columns(template, row)
-    texts = [name for name, value in row.items() if name not in asked and isinstance(value, (str, Number))]
-    texts = [name for name in texts if name == join_names([name])]  # those that fit into a line
-    if len(texts) < len(missing):
-        return "Add what is missing, or write a template for yours: see tutorial/your_own_data.md."
-    texts.sort(key=lambda name: " " not in str(row[name]))  # columns with sentences first, then ids and dates
-    options = [shlex.quote(f"{name}={own}") for name, own in zip(missing, texts)]
-    return f"Name yours: --columns {' '.join(options)}"

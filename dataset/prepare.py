@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections import Counter
 from itertools import groupby, islice
 from operator import itemgetter, length_hint
-from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple
+from typing import Callable, Dict, Iterable, Iterator, List, NamedTuple, Set
+from unicodedata import is_normalized, normalize
 
 from common.chat_template import Conversation, encode_conversation, get_chat_template
 from common.dataset_file import SplitWriter, save_dataset
@@ -15,8 +17,18 @@ from common.support.exit import UserError
 from common.support.files import atomic_write
 from common.tokenization import Encoded, Example, encode_examples, fingerprint
 from common.train_log import with_progress
-from dataset.columns import apply_template, missing_columns, rename_columns, require_asked, row_location
-from dataset.messages import read_messages, read_tools
+from dataset.columns import (
+    apply_template,
+    is_filled,
+    join_names,
+    missing_columns,
+    rename_columns,
+    require_asked,
+    row_location,
+    to_text,
+    unused_columns,
+)
+from dataset.messages import parse_arguments, read_messages, read_tools
 from dataset.sources import Source
 from dataset.templates import MESSAGE_COLUMNS, chat, jinja_template
 
@@ -38,6 +50,7 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
         "tokenizer": fingerprint(tokenizer),
         "model": args.model_name_or_path,
         "dataset": source.name,
+        "measure": source.measure,
         "template": template.__name__,
         "block_size": args.block_size,
         "counts": {},
@@ -51,11 +64,6 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
         meta["end_of_turn"] = get_chat_template(tokenizer).end_of_turn()
     else:
         meta["chat_template"] = jinja_template(template, tokenizer)
-        if not meta["chat_template"]:
-            print(
-                f"No chat template will be saved with the model: {template.__name__} has no Jinja form (inference "
-                "scripts are not affected)."
-            )
     if args.show:
         show_rows(splits["train"], args.show, encoder)
     with atomic_write(args.save_path) as new:
@@ -69,15 +77,31 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
                 )
             meta["counts"][name] = dict(counts)
             tensors[name] = writer.tensors()
+        report(meta, encoder)
         print("Saving dataset into torch format...")
         save_dataset(new, meta, tensors)
     print(f"Dataset saved as {args.save_path}")
 
 
 def pick_template(template: Callable, row: dict) -> Callable:
-    """`template`; or `chat`, if the row has messages and lacks a column that the template asks for."""
-    has_messages = any(name in row for name in MESSAGE_COLUMNS)
-    return chat if has_messages and missing_columns(template, row) else template
+    """`template`; or `chat`, if the row has messages and lacks a column that the template asks for, or has null."""
+    filled = {name: value for name, value in row.items() if value is not None}
+    has_messages = any(name in filled for name in MESSAGE_COLUMNS)
+    return chat if has_messages and missing_columns(template, filled) else template
+
+
+def report(meta: dict, encoder: RowEncoder) -> None:
+    """Print what of the data will be missing in the model, or is unusual."""
+    if encoder.unused:
+        print(f"Columns not used: {join_names(encoder.unused)}")
+    if encoder.decomposed:
+        rows = _num_rows(len(encoder.decomposed))
+        print(f'{rows} with letters in parts, as macOS writes them: join them by unicodedata.normalize("NFC", text)')
+    if not encoder.is_chat and not meta["chat_template"]:
+        print(
+            f"No chat template will be saved with the model: {encoder.template.__name__} has no Jinja form (inference "
+            "scripts are not affected)."
+        )
 
 
 class EncodedRow(NamedTuple):
@@ -91,6 +115,8 @@ class RowEncoder:
     """Makes token ids of rows.
 
     columns: {name that the template asks for: name in the data}; is_chat: whether the template returns Conversations.
+    `unused` are the columns and keys of messages that hold something and were not used; `decomposed` the places of
+    rows that have letters in parts (Unicode NFD).
     """
 
     def __init__(self, template: Callable, tokenizer, block_size: int, columns: Dict[str, str], is_chat: bool = False):
@@ -99,17 +125,30 @@ class RowEncoder:
         self.block_size = block_size
         self.columns = columns
         self.is_chat = is_chat
+        self.unused: Dict[str, None] = {}  # a dict keeps their order
+        self.decomposed: Set[str] = set()
 
     def encode(self, rows: List[dict]) -> List[EncodedRow]:
         """For each row the rows of the dataset file that it becomes: none without an answer, and of a conversation one
         for each answer if the chat template rewrites earlier turns, or none if its text contains a control token."""
         rows = [rename_columns(row, self.columns) for row in rows]
         made = [apply_template(self.template, row) for row in rows]
+        for row in rows:
+            self.unused.update(dict.fromkeys(unused_columns(self.template, row)))
         if self.is_chat:
             return [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
         return self._encode_examples(rows, made)
 
+    def _note_decomposed(self, row: dict, texts: List[str]) -> None:
+        if any(not is_normalized("NFC", text) and len(normalize("NFC", text)) < len(text) for text in texts):
+            self.decomposed.add(row_location(row))
+
     def _encode_examples(self, rows: List[dict], examples: List[Example]) -> List[EncodedRow]:
+        for row, example in zip(rows, examples):
+            self._note_decomposed(row, [*example.prompt, example.answer])
+            unused = unused_columns(self.template, row) if not example.answer.strip() else []
+            if any(name in unused for name in MESSAGE_COLUMNS):
+                raise UserError(f"{row_location(row)} has messages, the first row has none. Make two files of them.")
         answered = [number for number, example in enumerate(examples) if example.answer.strip()]
         some = encode_examples(self.tokenizer, [examples[number] for number in answered], self.block_size)
         encoded = [EncodedRow([]) for _ in rows]
@@ -123,12 +162,28 @@ class RowEncoder:
         chat_template = get_chat_template(self.tokenizer)
         try:
             messages, tools = read_messages(conversation), read_tools(conversation)
+            self.unused.update(dict.fromkeys(_unused_keys(chat_template, messages, tools, conversation.system)))
+            self._note_decomposed(row, [message["content"] for message in messages])
+            parse_arguments(messages, chat_template)
             control_token = chat_template.find_control_token(messages, tools)
             if control_token:
                 return EncodedRow([], f"{row_location(row)}: {control_token}")
             return EncodedRow(encode_conversation(chat_template, messages, tools, self.block_size))
         except UserError as error:
             raise UserError(f"{row_location(row)}: {error}") from None
+
+
+def _unused_keys(chat_template, messages: List[dict], tools, system) -> Iterator[str]:
+    """What of a conversation holds something and has no place in the text that the chat template writes."""
+    source = str(chat_template.tokenizer.chat_template)
+    if tools and "tools" not in source:
+        yield "tools"
+    if system and to_text(system) not in [message["content"] for message in messages]:
+        yield "system"  # the messages have another one
+    for key, value in (item for message in messages for item in message.items()):
+        is_used = key in ("role", "content") or (key == "weight" and value in (0, 1))
+        if not is_used and is_filled(value) and not re.search(rf"\b{re.escape(key)}\b", source):
+            yield f"messages.{key}"
 
 
 def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: SplitWriter) -> Counter:

@@ -1,7 +1,7 @@
 """What a model is asked, one question or each row of a file of prompts; and the file of the answers.
 
-A row of a file of prompts has the columns of the training data without the answer, or messages. Or it has a `prompt`,
-which is asked as --prompt is; in a chat it may have a `system` text as well.
+A row of a file of prompts has the columns of the training data, with or without the answer, and is read as in the
+training. Or it has a `prompt`, which is asked as --prompt is. --columns names columns that are called otherwise.
 
     questions.jsonl   {"instruction": "..."}                                    yours; .json, .csv and .parquet too
     answers.jsonl     {"instruction": "...", "answer": "...", "ended": true}    a line for each answered row
@@ -20,17 +20,18 @@ import sys
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
-from common.chat_template import SYSTEM_ROLES, ChatTemplate, Conversation, encode_question, has_content
+from common.chat_template import ChatTemplate, Conversation, encode_question, has_content
 from common.support.exit import UserError
-from common.support.files import atomic_write, require_writable, weights_fingerprint
+from common.support.files import Lock, atomic_write, require_writable, weights_fingerprint
 from common.support.model_dir import ModelSource, positions_and_embeddings, read_json
 from common.tokenization import Example, encode_prompt, max_prompt_tokens
-from dataset.columns import apply_template, clean_cell, join_names
-from dataset.messages import read_messages, read_tools
+from dataset.columns import apply_template, clean_cell, join_names, rename_columns, require_asked
+from dataset.messages import parse_arguments, read_messages, read_tools
 from dataset.sources import Row, read_rows
 from dataset.templates import MESSAGE_COLUMNS, chat
 
-SAME_OPTIONS = ("max_new_tokens", "temperature", "seed", "bits", "system")  # No other option changes an answer.
+# No other option changes an answer.
+SAME_OPTIONS = ("max_new_tokens", "temperature", "seed", "bits", "system")
 
 
 class Questions(NamedTuple):
@@ -48,20 +49,22 @@ class Questions(NamedTuple):
         positions, _ = positions_and_embeddings(args.model_name_or_path)
         room = max_prompt_tokens(positions, args.max_new_tokens)
         limit = sys.maxsize if self.answers else room
+        first = self.answers.answered if self.answers else 0
         prompts = []
-        for row in range(self.answers.answered if self.answers else 0, len(self.asked)):
+        for asked, place in zip(self.asked[first:], self.places[first:]):
             try:
                 if chat_template:
-                    ids = encode_question(chat_template, *self.asked[row], limit)
+                    parse_arguments(asked.messages, chat_template)
+                    ids = encode_question(chat_template, asked.messages, asked.tools, limit)
                 else:
-                    ids = encode_prompt(tokenizer, self.asked[row], limit)
+                    ids = encode_prompt(tokenizer, asked, limit)
                 if len(ids) > room:
                     raise UserError(
                         f"its prompt takes {len(ids)} tokens, and with --max-new-tokens {args.max_new_tokens} the "
                         f"model has room for {room}. Shorten it, or use fewer new tokens."
                     )
             except UserError as error:
-                raise UserError(f"{self.places[row]}: {error}") from None
+                raise UserError(f"{place}: {error}") from None
             prompts.append(ids)
         return prompts
 
@@ -69,9 +72,9 @@ class Questions(NamedTuple):
 def load_questions(args, template: Callable, question: dict) -> Questions:
     """`question`, a row without its answer; or with `args.save_path` the rows of `args.prompt_file`.
 
-    In a file, a row's `prompt` stands for the first column of `question`, and the other columns that a row lacks are
-    those of `question`. UserError for a row that cannot be asked, and for answers that cannot be resumed. Ends the
-    script if all rows are answered.
+    In a file, a row's `prompt` stands for the first column of `question` (in a chat for `instruction`), and the other
+    columns that a row lacks are those of `question`. UserError for a row that cannot be asked, and for answers that
+    cannot be resumed. Ends the script if all rows are answered.
     """
     ask = _conversation if template is chat else _example
     if not args.save_path:
@@ -79,7 +82,8 @@ def load_questions(args, template: Callable, question: dict) -> Questions:
     rows = read_rows(Path(args.prompt_file))
     if not rows:
         raise UserError(f"--prompt-file {args.prompt_file} is empty. Give a file with at least one row.")
-    asked = [ask(row, question, template) for row in rows]
+    require_asked(template, rows[0], {name: own for name, own in args.columns.items() if name != "prompt"})
+    asked = [ask(rename_columns(row, args.columns), question, template) for row in rows]
     for name in ("answer", "ended"):
         if any(name in row for row in rows):
             raise UserError(f"{args.prompt_file} already has a column {name!r}, the name for its answers. Rename it.")
@@ -91,13 +95,14 @@ def load_questions(args, template: Callable, question: dict) -> Questions:
 
 
 def _find_column(row: Row, *names: str) -> str:
-    """The first of these columns that the row has."""
-    for name in names:
-        if name in row:
-            return name
-    raise UserError(
-        f"{row.place} has none of the columns {join_names(names)}; it has: {join_names(row)}. Rename the question's."
-    )
+    """The first of these columns that holds something, or else that the row has."""
+    present = [name for name in names if name in row]
+    if not present:
+        raise UserError(
+            f"{row.place} has none of the columns {join_names(names)}; it has: {join_names(row)}. Name the question's: "
+            "--columns prompt=COLUMN"
+        )
+    return next((name for name in present if row[name]), present[0])
 
 
 def _example(row: Row, question: dict, template: Callable) -> Example:
@@ -109,13 +114,15 @@ def _example(row: Row, question: dict, template: Callable) -> Example:
 
 
 def _conversation(row: Row, question: dict, template: Callable) -> Conversation:
-    column = _find_column(row, *MESSAGE_COLUMNS, "prompt")
-    messages = [{"role": "user", "content": row["prompt"]}] if column == "prompt" else row[column]
-    system = row.get("system") or question.get("system")
+    column = _find_column(row, *MESSAGE_COLUMNS, "instruction", "prompt")
+    row = Row({**row, "system": row.get("system") or question.get("system"), "output": ""}, row.place)
+    if column == "prompt":
+        row["instruction"] = row["prompt"]
+    made = apply_template(template, row)
     try:
-        messages, tools = read_messages(Conversation(messages)), read_tools(Conversation([], row.get("tools")))
-        if system and not (messages and messages[0]["role"] in SYSTEM_ROLES):
-            messages = read_messages(Conversation([{"role": "system", "content": system}])) + messages
+        messages, tools = read_messages(made), read_tools(made)
+        if column not in MESSAGE_COLUMNS:
+            messages.pop()  # the empty answer
         if not messages or messages[-1]["role"] not in ("user", "tool"):
             raise UserError("the last message must be from the user. Add the question.")
         if not has_content(messages[-1]):
@@ -142,9 +149,11 @@ class AnswersFile:
             # A model of the hub has no files here, only its name.
             "model": [weights_fingerprint(directory) or directory for directory in directories],
             "prompts": hashlib.sha256(Path(args.prompt_file).read_bytes()).hexdigest(),
+            "columns": args.columns or None,
             **{name: vars(args).get(name) for name in SAME_OPTIONS},
         }
         require_writable(self.path.parent, "--save-path")
+        Lock(self.path.parent, self.path.name, "writing answers", "--save-path")
         if self.path.exists():
             self._resume()
 

@@ -10,15 +10,23 @@ import csv
 import json
 import platform
 import re
+from io import StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
+from unicodedata import normalize
 
 from common.support.exit import UserError, first_line
 from dataset.columns import join_names
 from dataset.standard_library import standard_library_splits
 
 CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # the version of a hub dataset that comes in several
+MEASURES = {  # how tutorial/evaluate.py judges the answers of these; those of other data are judged as "text"
+    "python_code_instructions_18k_alpaca": "code",
+    "Evol-Instruct-Python-26k": "code",
+    "standard-library": "code",
+    "cnn_dailymail": "summary",
+}
 HOLD_OUT_EVERY = 20  # without a validation split, every 20th row is held out,
 HOLD_OUT_AT_MOST = 256  # up to this many
 WHAT_DATA_CAN_BE = "Data can be a .jsonl, .json, .csv or .parquet file, a folder, or a hub id."
@@ -37,15 +45,18 @@ class Row(dict):
     __slots__ = ("place",)
 
     def __init__(self, columns: dict, place: str):
-        super().__init__(columns)
+        # macOS may write the letters of a name in parts (NFD); it looks like the name that somebody types.
+        super().__init__({normalize("NFC", name): value for name, value in columns.items()})
         self.place = place
 
 
 class Source(NamedTuple):
-    """The name of the data, with the hub's revision, and what its dataset card says: "license" and "language"."""
+    """The name of the data, with the hub's revision, what its dataset card says ("license" and "language"), and how
+    answers are judged."""
 
     name: str
     card: dict = {}
+    measure: str = "text"
 
 
 def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
@@ -54,7 +65,9 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
     The rows of a split can be iterated several times. Without a validation split, rows of train are held out.
     UserError if there is no such file or dataset, if it has no rows, or if a row cannot be read.
     """
-    path = Path(name_or_path)
+    # macOS writes the letters of a file's name in parts (NFD), and no keyboard does.
+    forms = [Path(name_or_path), Path(normalize("NFC", name_or_path)), Path(normalize("NFD", name_or_path))]
+    path = next((form for form in forms if form.exists()), forms[0])
     may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path)
     if name_or_path == "standard-library":
         source = Source(f"the standard library of Python {platform.python_version()}")
@@ -72,7 +85,8 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
     if "validation" not in splits:
         splits = {"train": Part(splits["train"], False), "validation": Part(splits["train"], True)}
         print(f"No validation split: every {HOLD_OUT_EVERY}th row is held out, up to {HOLD_OUT_AT_MOST}.")
-    return splits, source
+    measures = [MEASURES[part] for part in path.parts if part in MEASURES]
+    return splits, source._replace(measure=measures[-1] if measures else "text")
 
 
 class Part:
@@ -115,33 +129,56 @@ def read_rows(path: Path) -> List[Row]:
 
 
 def _read_folder(folder: Path) -> Dict[str, List[Row]]:
-    splits = {}
-    for split in ("train", "validation"):
-        # The hub cuts large splits into several files, as train-00000-of-00002.parquet.
-        name = re.compile(rf"{split}(-\d+-of-\d+)?")
-        files = sorted(
-            file for file in folder.iterdir() if name.fullmatch(file.stem) and file.suffix.lower() in READERS
-        )
-        if len(files) > 1 and any(file.stem == split for file in files):
-            raise UserError(f"{folder} has {join_names(file.name for file in files)}; leave one of them in it.")
-        if files:
-            splits[split] = [row for file in files for row in read_rows(file)]
-    if "train" not in splits:
-        names = join_names(sorted(file.name for file in folder.iterdir()))
-        raise UserError(f"{folder} has no train.jsonl (.json, .csv, .parquet), it has: {names}. Name the file so.")
-    return splits
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    files = {split: _files_of_split(folder, split, names) for split in ("train", "validation")}
+    if not files["train"]:
+        advice = "Name the file so."
+        if "dataset_info.json" in names or "dataset_dict.json" in names:
+            advice = 'Write it again: datasets.load_from_disk("...")["train"].to_json("train.jsonl").'
+        raise UserError(f"{folder} has no train.jsonl (.json, .csv, .parquet), it has: {join_names(names)}. {advice}")
+    others = [name for name in names if name not in (*files["train"], *files["validation"], "README.md", "LICENSE")]
+    if others:
+        advice = "Rename or unpack what shall be train or validation (.jsonl, .json, .csv, .parquet)."
+        print(f"Not read in {folder}: {join_names(others)}. {advice}")
+    return {split: [row for name in some for row in read_rows(folder / name)] for split, some in files.items() if some}
+
+
+def _files_of_split(folder: Path, split: str, names: List[str]) -> List[str]:
+    """The file of a split; or all of those into which the hub cuts a large one, as train-00000-of-00002.parquet."""
+    readable = [name for name in names if Path(name).suffix.lower() in READERS]
+    files = [name for name in readable if Path(name).stem == split]
+    shards = {name: re.match(rf"{split}-(\d+)-of-(\d+)\b", name) for name in readable}
+    numbers = {name: (int(match[1]), int(match[2])) for name, match in shards.items() if match}
+    if files and len(files) + len(numbers) > 1:
+        raise UserError(f"{folder} has {join_names([*files, *numbers])}; leave one of them in it.")
+    if sorted(numbers.values()) != [(number, len(numbers)) for number in range(len(numbers))]:
+        raise UserError(f"{folder} has not all parts of {split}, it has: {join_names(numbers)}. Add the others.")
+    return files or sorted(numbers, key=lambda name: numbers[name])
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file. UserError for the first one that is not UTF-8."""
+    """The lines of a text file. UserError for the first one that is not UTF-8, if the file is not CP949 as well."""
+    encoding = "utf-8-sig"  # Where files were joined, a byte order mark stands in the middle.
+    if _is_cp949(path.read_bytes()):
+        encoding = "cp949"
+        print(f"{path} is not UTF-8 but CP949, which Korean Excel writes: it is read as CP949.")
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield line.decode("utf-8-sig")  # Where files were joined, a byte order mark stands in the middle.
+                yield line.decode(encoding)
             except UnicodeDecodeError as error:
                 form = "CSV UTF-8, as Excel calls it" if path.suffix.lower() == ".csv" else "UTF-8"
                 place = f"{path}, line {number}"
                 raise UserError(f"{place} is not UTF-8 text ({error.reason}). Save it as {form}.") from None
+
+
+def _is_cp949(content: bytes) -> bool:
+    """Whether it is Korean text in CP949. If some lines are UTF-8, it is a damaged file."""
+    lines = [line for line in content.splitlines() if not line.isascii()]
+    if not lines or any(line.decode("utf-8", "ignore").encode() == line for line in lines):
+        return False
+    text = content.decode("cp949", "ignore")
+    return text.encode("cp949") == content and bool(re.search("[가-힣]", text))
 
 
 class JsonNumber(float):
@@ -193,19 +230,26 @@ def _invalid_json(path: Path, line: int, error: Exception) -> UserError:
 
 def _read_csv(path: Path) -> Iterator[Tuple[str, dict]]:
     csv.field_size_limit(LONGEST_CELL)  # An article is longer than the default limit.
-    reader = csv.DictReader(_lines(path), strict=True)
+    # Some programs put a space behind each comma: before quotes, and where the header has it, it belongs to no cell.
+    text = re.sub(r'(?m)(^|,) *("[^"]*(?:""[^"]*)*")', r"\1\2", "".join(_lines(path)))
+    spaced = ", " in text.partition("\n")[0]
+    reader = csv.reader(StringIO(text, newline="\n"), strict=True, skipinitialspace=spaced)
+    header: List[str] = []
     line = 0
     try:
-        reader.fieldnames = _column_names(path, reader.fieldnames or [])
-        line = reader.line_num
-        for row in reader:
+        for cells in reader:
             line = reader.line_num
-            if None in row or None in row.values():  # where DictReader puts surplus cells, and what it fills in
+            if not cells or (not header and ",".join(cells) == "sep=,"):  # a line for Excel
+                continue
+            if not header:
+                header = _column_names(path, cells)
+                continue
+            if len(cells) != len(header):
                 raise UserError(
                     f"{path}, line {line} has more or fewer cells than the header. Put double quotes around text with "
                     "a comma or a line break."
                 )
-            yield f"line {line}", row
+            yield f"line {line}", dict(zip(header, cells))
     except csv.Error as error:
         raise UserError(f"{path}, line {line + 1} is not a valid .csv row: {error}. Fix that row.") from None
 
@@ -286,13 +330,17 @@ def _load_from_hub(name: str) -> Tuple[Dict[str, HubRows], Source]:
         builder.download_and_prepare()
         loaded = builder.as_dataset()
     except Exception as error:  # Its type differs between versions of datasets and huggingface_hub.
+        sample = f"dataset/samples/{name.split('/')[-1]}"
+        rehearse = f", or rehearse with --dataset-name-or-path {sample}" if Path(sample).is_dir() else "."
         raise UserError(
             f"The dataset {name} could not be loaded from the hub: {first_line(error).rstrip('.')}. Check the name and "
-            f"the network, or rehearse with --dataset-name-or-path dataset/samples/{name.split('/')[-1]}"
+            f"the network{rehearse}"
         ) from None
     if "train" not in loaded:
         raise UserError(f"The dataset {name} has no split named train, it has: {', '.join(loaded)}.")
     splits = {split: HubRows(f"{name}, {split}", loaded[split]) for split in ("train", "validation") if split in loaded}
+    if len(splits) == 1 and len(loaded) > 1:  # its validation split may have another name
+        print(f"Not read in {name}: {join_names(split for split in loaded if split != 'train')}.")
     return splits, Source(f"{name} at {revision or 'an unknown revision'}", card)
 
 

@@ -18,6 +18,7 @@ from typing import Callable
 from common.chat_template import Conversation
 from common.tokenization import Example
 from dataset.columns import to_text
+from dataset.messages import read_history
 
 MESSAGE_COLUMNS = ("messages", "conversations")  # the usual name, and ShareGPT's
 
@@ -73,15 +74,20 @@ korean_alpaca.jinja = r"""
 
 
 def chat(row: dict) -> Conversation:
-    """`messages`, ShareGPT's `conversations`, or instruction, input and output as a question and its answer."""
+    """`messages`, ShareGPT's `conversations`, or instruction, input and output as a question and its answer.
+
+    `system` is the system message if the messages have none, `history` the earlier turns, each [question, answer].
+    """
     for name in MESSAGE_COLUMNS:
-        if name in row:
-            return Conversation(row[name], row.get("tools"))
-    if "instruction" not in row:
-        return Conversation(row["messages"])  # KeyError, which names the column that is missing
+        if row.get(name):
+            return Conversation(row[name], row.get("tools"), row.get("system"))
+    if "instruction" not in row:  # KeyError, which names the column that is missing
+        return Conversation(row["conversations"] if "conversations" in row else row["messages"])
     texts = [to_text(row["instruction"]), to_text(row.get("input", ""))]
     question = "\n\n".join(text for text in texts if text.strip())
-    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}])
+    turns = [*read_history(row.get("history")), (question, row["output"])]
+    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    return Conversation(messages, row.get("tools"), row.get("system"))
 
 
 # Each turn is a row of the training, from bos to the end token, because the model has seen no other format. A system

@@ -62,7 +62,7 @@ class Asked(Namespace):
             "bits": None,
         }
         files = {"prompt_file": str(folder / "questions.jsonl"), "save_path": str(folder / "answers.jsonl")}
-        super().__init__(**usual, **files, batch_rows=3, **more)
+        super().__init__(**usual, **files, batch_rows=3, columns={}, **more)
 
 
 TEXTS = (
@@ -171,6 +171,45 @@ def test_prompts_in_a_table_or_an_array(name, ready, warm):
     warm(f"{SCRIPTS['inference']} --prompt-file {name} --save-path answers.jsonl", cwd=ready)
     [answer] = lines(ready / "answers.jsonl")
     assert [*answer] == ["id", "article", "answer", "ended"] and answer["id"] in (7, "7")
+
+
+def test_columns_of_prompts_are_named_as_in_preparing(never_cut_answers, asks, warm):
+    rows = lines(asks / "questions.jsonl")
+    questions = [row.get("instruction") or row["prompt"] for row in rows[:3]]
+    (asks / "questions.csv").write_text("번호,질문\n" + "".join(f'1,"{one}"\n' for one in questions), encoding="utf-8")
+    command = FILE.replace("questions.jsonl", "questions.csv")
+    for name in ("prompt", "instruction"):
+        warm(command.replace("answers", name), "--columns", f"{name}=질문", cwd=asks)
+        answers = lines(asks / f"{name}.jsonl")
+        assert [list(answer) for answer in answers] == [["번호", "질문", "answer", "ended"]] * 3
+        assert [answer["answer"] for answer in answers] == [answer["answer"] for answer in never_cut_answers[:3]]
+    done = warm(command, cwd=asks, ok=None)
+    tells(
+        done,
+        "questions.csv, line 2 has none of the columns instruction, prompt; it has: 번호, 질문",
+        "--columns prompt",
+    )
+    (asks / "prompt.jsonl").write_text("", encoding="utf-8")  # what was asked is another column now
+    done = warm(command.replace("answers", "prompt"), "--columns", "prompt=번호", cwd=asks, ok=None)
+    tells(done, "answers made with another value of: columns")
+
+
+def test_a_second_writer_is_refused(asks, warm):
+    """As soon as the first has begun, and while it still loads its model."""
+    process = start(FILE, cwd=asks)
+    end = time.monotonic() + TIMEOUT
+    while not (asks / ".answers.jsonl.holder").exists():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        done = warm(f"{FILE} --max-new-tokens 2", cwd=asks, ok=None)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    tells(done, f"answers.jsonl is locked by process {process.pid} on ", "writing answers", "another --save-path")
+    process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0 and len(lines(asks / "answers.jsonl")) == 5
+    assert sorted(path.name for path in asks.glob(".answers*")) == []
 
 
 def test_what_is_cut_is_told(trained, tmp_path, warm):
@@ -293,7 +332,7 @@ GOOD = {"article": "The bridge will close."}
         (b"\n \n", ["questions.jsonl is empty"]),
         (b'{"article": "a"}\n{"article": \n', ["questions.jsonl, line 2", "not valid JSON"]),
         (b'{"article": "a"}\n["b"]\n', ["questions.jsonl, line 2", "not a JSON object"]),
-        ('{"article": "한글"}'.encode("cp949"), ["questions.jsonl, line 1", "not UTF-8"]),
+        (b'{"article": "caf\xe9"}', ["questions.jsonl, line 1", "not UTF-8"]),
         (
             [GOOD, {"instruction": "a"}],
             ["questions.jsonl, line 2", "none of the columns article, prompt", "instruction"],
@@ -320,9 +359,11 @@ def test_a_file_of_prompts_that_is_none(rows, words, refused):
         ("--prompt-file . --save-path b.jsonl", [". is not a file", ".jsonl"]),
         ("--prompt-file questions.jsonl --save-path questions.jsonl", ["questions.jsonl exists, but"]),
         ("--prompt-file questions.jsonl --save-path ./llama3-8b/../questions.jsonl", ["questions.jsonl exists, but"]),
-        ("--prompt-file questions.jsonl --save-path llama3-8b", ["llama3-8b exists, but", "--save-path"]),
+        ("--prompt-file questions.jsonl --save-path answers-1.5b", ["answers-1.5b", "a name that ends in .jsonl"]),
+        ("--prompt-file questions.jsonl --columns article=글", ["--columns", "give --prompt-file and --save-path"]),
+        ("--prompt-file questions.jsonl --save-path b.jsonl --columns article=글", ["line 1 has no column '글'"]),
+        ("--prompt-file questions.jsonl --save-path b.jsonl --columns articel=article", ["asks for no 'articel'"]),
         ("--prompt-file questions.jsonl --save-path llama3_dataset.pt/a.jsonl", ["llama3_dataset.pt is a file"]),
-        ("--prompt-file questions.jsonl --save-path llama3_dataset.pt", ["llama3_dataset.pt exists, but"]),
         ("--prompt-file questions.jsonl --save-path b.jsonl --batch-rows 0", ["--batch-rows", "1 or more"]),
     ],
 )
@@ -423,6 +464,9 @@ TALK = [USER, {"role": "assistant", "content": "b"}, {"role": "user", "content":
         ({"messages": TALK, "prompt": "not asked"}, "s", [SYSTEM, *TALK]),
         ({"messages": [SYSTEM, USER]}, "other", [SYSTEM, USER]),
         ({"conversations": [{"from": "human", "value": "a"}]}, None, [USER]),
+        ({"messages": None, "prompt": "a"}, None, [USER]),
+        ({"instruction": "a", "output": "not asked", "system": "s"}, "other", [SYSTEM, USER]),
+        ({"instruction": "c", "history": [["a", "b"]]}, "s", [SYSTEM, *TALK]),
     ],
 )
 def test_what_a_row_of_a_chat_asks(row, system, messages, tmp_path):
@@ -437,14 +481,15 @@ def test_tools_of_a_row_are_told_to_the_model(tmp_path):
 @pytest.mark.parametrize(
     "row, words",
     [
-        ({"text": "a"}, ["none of the columns messages, conversations, prompt", "text"]),
+        ({"text": "a"}, ["none of the columns messages, conversations, instruction, prompt", "text"]),
         ({"prompt": ""}, ["last message is empty"]),
-        ({"prompt": ["a"]}, ["message 1 is a list of parts"]),
+        ({"prompt": ["a"]}, ["column 'prompt' holds a list"]),
         ({"messages": []}, ["last message must be from the user"]),
         ({"messages": "a"}, ["messages are text, not a list"]),
         ({"messages": TALK[:2]}, ["last message must be from the user", "Add the question"]),
         ({"messages": [{"role": "bot", "content": "a"}]}, ["message 1 has the role 'bot'"]),
-        ({"prompt": "a", "system": ["s"]}, ["message 1 is a list of parts"]),
+        ({"prompt": "a", "system": ["s"]}, ["the system message is a list of parts"]),
+        ({"instruction": "a", "history": [["b"]]}, ["history is not a list of [question, answer]"]),
         ({"messages": [USER], "tools": "a"}, ["tools are text"]),
     ],
 )

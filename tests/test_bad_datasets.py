@@ -106,7 +106,7 @@ def test_parquet_damaged_within(prepare_refuses):
 
 
 def test_data_in_another_encoding(prepare_refuses):
-    prepare_refuses("mine.jsonl", '{"article": "한국", "highlights": "어"}\n'.encode("cp949"), ["mine.jsonl", "UTF-8"])
+    prepare_refuses("mine.jsonl", '{"article": "한국", "highlights": "어"}\n'.encode("utf-16"), ["mine.jsonl", "UTF-8"])
     prepare_refuses("mine.csv", "article,highlights\r\n한국,어\r\n".encode("utf-16"), ["mine.csv", "UTF-8"])
 
 

@@ -541,7 +541,7 @@ def test_messages_that_are_none(messages, said):
 def test_tools_that_are_no_list():
     assert read_tools(chat({"messages": [], "tools": None})) is None
     with pytest.raises(UserError, match="^its tools are text, not a list of JSON schemas"):
-        read_tools(chat({"messages": [], "tools": "[{}]"}))
+        read_tools(chat({"messages": talk("a"), "tools": "weather"}))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ PLAIN = HEADERS
 NO_SYSTEM = GEMMA.replace("<start_of_turn>", "<|start_header_id|>").replace("<end_of_turn>", "<|eot_id|>")
 ENDS_SOME = PLAIN.replace("'<|eot_id|>'", "('<|eot_id|>' if messages[0].content != 'b' else '')")
 PREPARE = f"python dataset/prepare_smollm2_dataset.py {OWN}"
+QWEN3 = f"python dataset/prepare_qwen3_dataset.py {OWN}"
 TALKS = [talk(f"질문 {n}", f"답 {n}", "그리고?", f"끝 {n}", system="짧게." if n % 2 else None) for n in range(40)]
 
 
@@ -202,6 +203,124 @@ def test_rows_of_another_kind_are_said(ready, warm):
     for words in ("messages=talk", "mesages=messages"):
         done = warm(f"{PREPARE} --dataset-name-or-path talks.jsonl --columns {words}", cwd=ready, ok=None)
         tells(done, f"--columns {words}")
+
+
+# ------------------------------------------------------------------------------------------------ what has its place
+
+WITH_TOOLS = (
+    "{% for tool in tools or [] %}{{ (tool | tojson) + '\n' }}{% endfor %}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m.role + '\n' + (m.content or '') }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name + (call.function.arguments | tojson) }}{% endfor %}{{ '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant\n' }}{% endif %}"
+)
+
+
+def call(arguments):
+    return {"type": "function", "function": {"name": "f", "arguments": arguments}}
+
+
+def tool_rows(*arguments):
+    schema = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    rows = []
+    for number, one in enumerate(arguments):
+        properties = {f"p{number}": {"type": "number"}}
+        tool = {**schema, "function": {"name": "f", "parameters": {"type": "object", "properties": properties}}}
+        messages = [*talk("날씨?"), {"role": "assistant", "content": "", "tool_calls": [call(one)]}]
+        rows.append({"messages": messages, "tools": [tool]})
+    return rows
+
+
+def test_system_and_history_are_where_alpacas_rows_have_them(ready, warm):
+    tokenizer = give_template(ready)
+    row = {"instruction": "수도는?", "input": "", "output": "서울", "system": "짧게.", "history": [["한국?", "네."]]}
+    own_system = {"messages": talk("a", "b", system="own"), "system": "other"}
+    by_sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"}
+    write(ready / "rows.jsonl", [{**row, "messages": None}, by_sharegpt, own_system])
+    said = warm(f"{QWEN3} --dataset-name-or-path rows.jsonl", cwd=ready).stdout
+    expected = [
+        talk("한국?", "네.", "수도는?", "서울", system="짧게."),
+        talk("a", "b", system="s"),
+        own_system["messages"],
+    ]
+    assert ids_of(torch.load(ready / "new.pt")["train"]) == [by_library(tokenizer, one) for one in expected]
+    assert "\nColumns not used: system\n" in said  # of the third
+    write(ready / "rows.jsonl", [{**row, "history": [["a"]]}])
+    done = warm(f"{QWEN3} --dataset-name-or-path rows.jsonl", cwd=ready, ok=None)
+    tells(done, "rows.jsonl, line 1", "its history is not a list of [question, answer]")
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if "qwen3" not in name][:2])
+def test_columns_and_keys_that_are_not_used_are_named_once(script, ready, warm):
+    give_template(ready)
+    row = {"instruction": "a", "article": "a", "output": "b", "highlights": "b"}
+    others = {"id": 0, "system": "s", "history": [["a", "b"]], "empty": None, "none": "", "list": []}
+    write(ready / "rows.jsonl", [row, {**row, **others}] * 3)
+    said = warm(f"python dataset/{script} {OWN} --dataset-name-or-path rows.jsonl --show 1", cwd=ready).stdout
+    assert said.count("Columns not used: ") == 1 and re.search("Columns not used: .*id, system, history\n", said)
+    messages = talk("a", "b")
+    messages[0].update(name="Kim", weight=0.5, empty=None)
+    write(ready / "rows.jsonl", [{"messages": messages, "source": "web", "tools": [{"name": "f"}]}])
+    said = warm(f"python dataset/{script} {OWN} --dataset-name-or-path rows.jsonl", cwd=ready).stdout
+    assert "\nColumns not used: source, tools, messages.name, messages.weight\n" in said
+
+
+def test_a_weight_of_zero_has_no_loss(ready, warm):
+    tokenizer = give_template(ready)
+    messages = talk("1+1?", "3", "다시", "2", "고마워", "네")
+    for number, weight in ((1, 0), (3, 1), (5, 0)):
+        messages[number]["weight"] = weight
+    write(ready / "rows.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
+    said = warm(f"{PREPARE} --dataset-name-or-path rows.jsonl", cwd=ready).stdout
+    train = torch.load(ready / "new.pt")["train"]
+    assert ids_of(train) == [by_library(tokenizer, talk("1+1?", "3", "다시", "2"))]
+    assert tokenizer.decode(train["input_ids"][train["loss_mask"]]) == "2<|eot_id|>"
+    assert "1 row without an answer dropped" in said and "not used" not in said
+
+
+def test_a_null_column_is_a_missing_one(ready, warm):
+    """As in data sets that were put together."""
+    give_template(ready)
+    sharegpt = [{"from": "human", "value": "물음"}, {"from": "gpt", "value": "답"}]
+    rows = [{"messages": talk("질문", "대답")}, {"instruction": "지시", "output": "결과"}, {"conversations": sharegpt}]
+    names = ["messages", "instruction", "output", "conversations"]
+    write(ready / "missing.jsonl", rows)
+    write(ready / "null.jsonl", [{name: row.get(name) for name in names} for row in rows])
+    (ready / "null.parquet").write_bytes(parquet([{name: row.get(name) for name in names} for row in rows]))
+    made = []
+    for name in ("missing.jsonl", "null.jsonl", "null.parquet"):
+        for prepare in (QWEN3, PREPARE):
+            said = warm(f"{prepare} --dataset-name-or-path {name}", cwd=ready).stdout
+            assert "train: 3 rows" in said
+            made.append(torch.load(ready / "new.pt")["meta"]["sha256"])
+    assert all(one == made[0] for one in made)
+    write(ready / "null.jsonl", [{name: row.get(name) for name in names} for row in rows[1:]])
+    done = warm(f"{PREPARE} --dataset-name-or-path null.jsonl", cwd=ready, ok=None)
+    tells(done, "null.jsonl, line 2 has messages, the first row has none")
+
+
+def test_tools_of_a_table_and_arguments_of_json_text_are_those_of_json_lines(ready, warm):
+    tokenizer = give_template(ready, WITH_TOOLS)
+    arguments = [{"city": "서울", "t": 0.7, "deep": [{"a": 1.10}]}, {"deep": [{"b": {"c": 1e2}}], "z": 1}, {}]
+    rows = tool_rows(*arguments)
+    as_text = tool_rows(*[json.dumps(one, ensure_ascii=False) for one in arguments[:2]], "")
+    write(ready / "1.jsonl", rows)
+    (ready / "2.json").write_text(json.dumps(rows))
+    (ready / "3.parquet").write_bytes(parquet(rows))
+    write(ready / "4.jsonl", as_text)
+    write(ready / "5.jsonl", [{**row, "tools": json.dumps(row["tools"])} for row in as_text])
+    for name in ("1.jsonl", "2.json", "3.parquet", "4.jsonl", "5.jsonl"):
+        warm(f"{PREPARE} --dataset-name-or-path {name}", cwd=ready)
+        made = ids_of(torch.load(ready / "new.pt")["train"])
+        expected = [by_library(tokenizer, row["messages"], tools=row["tools"]) for row in rows]
+        assert made == expected, (name, tokenizer.decode(made[0]))
+    write(ready / "6.jsonl", tool_rows("no JSON"))
+    done = warm(f"{PREPARE} --dataset-name-or-path 6.jsonl", cwd=ready, ok=None)
+    tells(done, "6.jsonl, line 1", "arguments of a call in message 2 are not a JSON object")
+    # a template that joins them to its text takes them as they are written
+    tokenizer = give_template(ready, WITH_TOOLS.replace("call.function.arguments | tojson", "call.function.arguments"))
+    warm(f"{PREPARE} --dataset-name-or-path 4.jsonl", cwd=ready)
+    expected = [by_library(tokenizer, row["messages"], tools=row["tools"]) for row in as_text]
+    assert ids_of(torch.load(ready / "new.pt")["train"]) == expected
 
 
 # ------------------------------------------------------------------------------------------------ the samples

@@ -7,9 +7,11 @@ import io
 import json
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from unicodedata import normalize
 
 import pytest
 
+from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.columns import apply_template
 from dataset.sources import HubRows, load_splits, read_rows
@@ -273,6 +275,29 @@ def test_csv_that_does_not_fit_its_header(data, tells_of, refused):
     refused("mine.csv", data, *tells_of)
 
 
+def test_a_space_behind_the_comma_is_of_no_cell(answers):
+    for data in (
+        'instruction, output\ndo, "a, ""b"""\n"do", c\n',
+        'instruction,output\ndo, "a, ""b"""\ndo,c\n',
+        'sep=,\r\ninstruction,output\r\ndo,  "a, ""b"""\r\n do,c\r\n',
+        '"sep=,"\ninstruction,output\n "do, ""x""", "a, ""b"""\ndo,c\n',
+    ):
+        assert answers("mine.csv", data) == (['a, "b"', "c"], 0)
+    # the cell's own spaces, as pandas writes them
+    kept = 'instruction,output\ndo,"a, ""b"", c"\ndo,  two\ndo," ""three"""\n'
+    assert answers("mine.csv", kept) == (['a, "b", c', "  two", ' "three"'], 0)
+
+
+def test_a_file_of_korean_excel_is_read_and_said(answers, capsys):
+    data = "instruction,output\r\ndo,한국어 똠방각하\r\ndo,plain\r\n"
+    assert answers("mine.csv", data.encode("cp949")) == (["한국어 똠방각하", "plain"], 0)
+    said = "mine.csv is not UTF-8 but CP949, which Korean Excel writes: it is read as CP949.\n"
+    assert capsys.readouterr().out.count(said) == 1
+    assert answers("mine.jsonl", lines_of('"한국어"').encode("cp949")) == (["한국어"], 0)
+    capsys.readouterr()
+    assert answers("mine.csv", data) == (["한국어 똠방각하", "plain"], 0) and "CP949" not in capsys.readouterr().out
+
+
 def test_csv_as_programs_write_it(answers):
     expected = ["a, b", "c"]
     for data in (
@@ -385,8 +410,6 @@ def test_odd_text_is_kept(text, answers):
 
 
 def test_nul_bytes_in_csv_are_kept_or_refused(answers):
-    from common.support.exit import UserError
-
     try:  # Python before 3.11 reads none
         assert answers("mine.csv", "instruction,output\ndo,a\x00b\n") == (["a\x00b"], 0)
     except UserError as error:
@@ -445,9 +468,10 @@ def test_json_that_python_can_not_read(refused):
 
 def test_text_in_another_encoding_is_refused_with_its_line(refused):
     bad = LINE.replace("bridge", "한국").encode("cp949")
-    refused("mine.jsonl", LINE.encode() * 2 + bad, "line 3", "not UTF-8")
-    refused("mine.json", b"[" + LINE.encode() + b",\n" + bad + b"]", "line 3", "not UTF-8")
-    refused("mine.csv", HEADER.encode() + b"a,b\r\n\r\n" + "한국,어\r\n".encode("cp949"), "line 4", "not UTF-8")
+    good = LINE.replace("bridge", "한국").encode()
+    refused("mine.jsonl", good * 2 + bad, "line 3", "not UTF-8")  # of two encodings
+    refused("mine.json", b"[" + good + b",\n" + LINE.replace("bridge", "é").encode("latin-1") + b"]", "not UTF-8")
+    refused("mine.csv", HEADER.encode() + b"a,b\r\n\r\n" + "caf\xe9,b\r\n".encode("latin-1"), "line 4", "not UTF-8")
     refused("utf16.jsonl", LINE.encode("utf-16"), "line 1", "not UTF-8")
     refused("surrogate.jsonl", LINE.encode() + LINE.encode().replace(b"bridge", b"\xed\xa0\xbd"), "line 2", "not UTF-8")
 
@@ -479,6 +503,46 @@ def test_a_split_in_several_files_is_read_in_their_order(tmp_path):
     (tmp_path / "validation-00000-of-00001.jsonl").write_text(LINE)
     splits, _ = load_splits(str(tmp_path))
     assert [row["article"] for row in splits["train"]] == ["c", "a", "b"] and len(splits["validation"]) == 1
+    (tmp_path / "train-00001-of-00003.jsonl").unlink()
+    with pytest.raises(UserError, match="has not all parts of train, it has: train-00000-of-00003.jsonl, train-00002"):
+        load_splits(str(tmp_path))
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, capsys):
+    for name in ("train.jsonl", "valid.jsonl", "train2.jsonl", "README.md", ".hidden"):
+        (tmp_path / name).write_text(LINE)
+    (tmp_path / "validation.jsonl.gz").write_bytes(gzip.compress(LINE.encode()))
+    (tmp_path / "test").mkdir()
+    assert len(load_splits(str(tmp_path))[0]["train"]) == 1
+    names = "test, train2.jsonl, valid.jsonl, validation.jsonl.gz"
+    assert (
+        f"Not read in {tmp_path}: {names}. Rename or unpack what shall be train or validation "
+        in capsys.readouterr().out
+    )
+
+
+def test_a_folder_of_save_to_disk_is_named(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list([json.loads(LINE)])
+    rows.save_to_disk(str(tmp_path / "one"))
+    DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "several"))
+    for name in ("one", "several"):
+        with pytest.raises(UserError, match=r"Write it again: datasets.load_from_disk.*to_json"):
+            load_splits(str(tmp_path / name))
+
+
+def test_names_and_text_in_parts(ready, warm):
+    """macOS writes 한 as three letters (NFD): names are found, texts are counted."""
+    names = {"질문": "무엇?", "답": "한국"}
+    rows = [{normalize("NFD", name): normalize(form, text) for name, text in names.items()} for form in ("NFD", "NFC")]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (ready / normalize("NFD", "내 글.jsonl")).write_text(lines, encoding="utf-8")
+    command = "python dataset/prepare_gpt_dataset.py --model-name-or-path ./llama3-8b --save-path new.pt"
+    words = ["--dataset-name-or-path", "내 글.jsonl", "--columns", "instruction=질문", "output=답"]
+    said = warm(command, *words, cwd=ready).stdout
+    joined = 'join them by unicodedata.normalize("NFC", text)'
+    assert "train: 2 rows" in said and f"\n1 row with letters in parts, as macOS writes them: {joined}\n" in said
 
 
 def test_a_file_of_another_kind_that_is_not_there(ready, warm):

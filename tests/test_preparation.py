@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+import torch
 
 from common.tokenization import Example, encode_examples, encode_prompt, load_tokenizer
 from dataset.templates import alpaca, instruction, summarization
@@ -218,14 +219,31 @@ def test_columns_of_other_names(ready, warm):
     words = ["--columns", "article=글", "highlights=요약"]
     warm(PREPARE, "--dataset-name-or-path", "mine.jsonl", "--save-path", "a.pt", *words, cwd=ready)
     warm(PREPARE, "--dataset-name-or-path", "theirs.jsonl", "--save-path", "b.pt", cwd=ready)
-    import torch
-
     one, other = (torch.load(ready / name) for name in ("a.pt", "b.pt"))
     assert one["meta"]["sha256"] == other["meta"]["sha256"]
     done = warm(PREPARE, "--dataset-name-or-path", "mine.jsonl", "--columns", "article=text", cwd=ready, ok=None)
     tells(done, "--columns article=text", "'text'", "글, 요약")
     for wrong in ("article", "article=", "=글"):
         tells(warm(PREPARE, "--columns", wrong, cwd=ready, ok=None), f"--columns {wrong}", "NAME=COLUMN")
+
+
+@pytest.mark.parametrize(
+    "script, data, measure",
+    [
+        ("gpt", "dataset/samples/Evol-Instruct-Python-26k", "code"),
+        ("mistral", "dataset/samples/python_code_instructions_18k_alpaca/", "code"),
+        ("llama2", "dataset/samples/cnn_dailymail/validation.jsonl", "summary"),
+        ("llama3_1", "dataset/samples/korean_safe_conversation", "text"),
+        ("smollm2", "mine.jsonl", "text"),
+        pytest.param("smollm2", "standard-library", "code", marks=pytest.mark.slow),
+    ],
+)
+def test_how_answers_are_judged_follows_from_the_data(script, data, measure, ready, warm):
+    """And not from the template."""
+    (ready / "mine.jsonl").write_text('{"instruction": "질문", "output": "답"}\n', encoding="utf-8")
+    words = f"--model-name-or-path ./llama3-8b --dataset-name-or-path {data} --save-path new.pt"
+    warm(f"python dataset/prepare_{script}_dataset.py {words}", cwd=ready)
+    assert torch.load(ready / "new.pt")["meta"]["measure"] == measure
 
 
 def test_rows_are_shown_as_the_model_will_see_them(ready, warm):

@@ -8,6 +8,8 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
+from unicodedata import normalize
 
 from common.support.compat import add_switch
 from common.support.exit import UserError, install_hint, world_size
@@ -32,7 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().set_defaults(**defaults)
 
     def error(self, message: str):
-        raise UserError(f"{message}. The options: python {sys.argv[0]} --help")
+        raise UserError(f"{message}. The options: python {quote(sys.argv[0])} --help")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -108,8 +110,7 @@ def prepare_arguments(description: str, **defaults) -> argparse.Namespace:
     add("--dataset-name-or-path", help=data)
     add("--block-size", type=positive_int, help="maximum tokens per example")
     add("--save-path", help="the dataset file to write")
-    columns = "the template's names for your columns: instruction=question output=answer"
-    add("--columns", nargs="+", action="extend", default=[], metavar="NAME=COLUMN", help=columns)
+    _add_columns(parser)
     add("--show", type=non_negative_int, default=0, help="examples to print first, as the model will see them")
     parser.set_defaults(**defaults)
     args = parser.parse_args()
@@ -120,7 +121,14 @@ def prepare_arguments(description: str, **defaults) -> argparse.Namespace:
     return args
 
 
+def _add_columns(parser: Parser) -> None:
+    columns = "the template's names for your columns: instruction=question output=answer"
+    parser.add_argument("--columns", nargs="+", action="extend", default=[], metavar="NAME=COLUMN", help=columns)
+
+
 def _column_names(pairs: list, parser: Parser) -> dict:
+    """{name that the template asks for: name in the data}, both with whole letters (Unicode NFC), as rows have them."""
+    pairs = [normalize("NFC", pair) for pair in pairs]
     columns = {}
     for pair in pairs:
         name, _, column = pair.partition("=")
@@ -268,7 +276,7 @@ def _values_of_adapter(args: argparse.Namespace, source: ModelSource) -> dict:
     if not args.use_lora:
         raise UserError(
             f"{adapter} is an adapter. Add --use-lora to continue its training. To train all weights, merge it with "
-            f"its base model first: python tutorial/merge_adapter.py --model-name-or-path {adapter}"
+            f"its base model first: python tutorial/merge_adapter.py --model-name-or-path {quote(adapter)}"
         )
     for name in ("lora_r", "lora_alpha", "lora_target_modules"):
         if getattr(args, name) is not None:
@@ -308,8 +316,8 @@ def memory_saving_options(args: argparse.Namespace) -> list:
 
 
 def inference_arguments(description: str, model_name_or_path: str, chat: bool = False) -> argparse.Namespace:
-    """Options of `inference_*`: model_name_or_path, prompt, prompt_file, save_path, batch_rows, max_new_tokens,
-    temperature, seed, bits, and with `chat` system.
+    """Options of `inference_*`: model_name_or_path, prompt, prompt_file, save_path, columns, batch_rows,
+    max_new_tokens, temperature, seed, bits, and with `chat` system.
 
     `prompt` is the text of --prompt or of --prompt-file, or None: the script then takes its own sample. With
     `save_path` the file has many prompts, which dataset.questions reads. `bits` is None unless given: a model is
@@ -322,6 +330,7 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
     text.add_argument("--prompt", help="your own text; the prompt template of the training is put around it")
     text.add_argument("--prompt-file", help="a file with your own text; with --save-path a .jsonl file of many")
     add("--save-path", metavar="ANSWERS.jsonl", help="answer each row of --prompt-file, and save the answers here")
+    _add_columns(parser)
     rows = "rows of --prompt-file that are answered together; fewer need less memory"
     add("--batch-rows", type=positive_int, default=8, help=rows)
     if chat:
@@ -334,6 +343,11 @@ def inference_arguments(description: str, model_name_or_path: str, chat: bool = 
     args = parser.parse_args()
     if args.save_path and not args.prompt_file:
         parser.error(f"--save-path {args.save_path} is for the answers to a file of prompts: give --prompt-file")
+    if args.save_path and not args.save_path.endswith(".jsonl"):  # its run.json would be that of another file
+        parser.error(f"--save-path {args.save_path}: answers are JSON lines, give a name that ends in .jsonl")
+    if args.columns and not args.save_path:
+        parser.error("--columns is for a file of prompts: give --prompt-file and --save-path")
+    args.columns = _column_names(args.columns, parser)
     if args.prompt_file and not args.save_path:
         args.prompt = _text_of_file(args.prompt_file, parser)
     return args

@@ -138,19 +138,21 @@ def weights_fingerprint(model_dir: str) -> str:
 
 
 class Lock:
-    """The lock of a save directory, which one process holds until it ends, even if it is killed.
+    """The lock of a save directory, or with `name` of a file in it, which one process holds until it ends, even if it
+    is killed.
 
     UserError, with the process that holds it, where another one does. On a file system without locks nothing is
     locked. A second training of the same process, as in a notebook, may use the same directory.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, name: str = "", work: str = "training", option: str = "--save-dir"):
         import filelock  # not at the top: it takes a moment, and --help needs none
 
         self.directory = directory
         self.made_directory = not directory.exists()
-        self.holder = directory / ".training.holder"  # on Windows nobody can read a file that is locked
-        self.lock = filelock.FileLock(directory / ".training.lock")
+        hidden = f".{name or 'training'}"
+        self.holder = directory / f"{hidden}.holder"  # on Windows nobody can read a file that is locked
+        self.lock = filelock.FileLock(directory / f"{hidden}.lock")
         directory.mkdir(parents=True, exist_ok=True)
         process = f"process {os.getpid()} on {socket.gethostname()},"
         try:
@@ -158,8 +160,8 @@ class Lock:
         except filelock.Timeout:
             holder = self.holder.read_text("utf-8") if self.holder.is_file() else ""
             if holder and not holder.startswith(process):
-                wait = "Wait until it has ended or choose another --save-dir."
-                raise UserError(f"{directory} is locked by {holder}. {wait}") from None
+                wait = f"Wait until it has ended or choose another {option}."
+                raise UserError(f"{directory / name} is locked by {holder}. {wait}") from None
         except (OSError, NotImplementedError):  # a file system without locks
             return
         if isinstance(self.lock, filelock.SoftFileLock):
@@ -167,7 +169,7 @@ class Lock:
         if self.lock.is_locked:
             atexit.register(self.release)
             since = time.strftime("%Y-%m-%d %H:%M:%S")
-            self.holder.write_text(f"{process} which has been training there since {since}", encoding="utf-8")
+            self.holder.write_text(f"{process} which has been {work} there since {since}", encoding="utf-8")
 
     def release(self) -> None:
         """Release the lock, and remove its files; its directory too, where nothing else has come into it."""
