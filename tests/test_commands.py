@@ -22,7 +22,7 @@ from common.support.compat import has_fused_attention
 from tests.conftest import ROOT, run
 from tests.helpers import HAS_QWEN3, STEP, adapter_weights, first_fast, quantizes, records, steps_in
 from tests.hub_server import HubServer
-from tests.tutorials import DEFAULTS, HELD_OUT_ROWS, PAGES, ROWS
+from tests.tutorials import CODE, DEFAULTS, HELD_OUT_ROWS, NEWS, PAGES, ROWS
 
 MEMORY = re.compile(r"Memory: \d+\.\d\d GB used, peak \d+\.\d\d GB \(\d+% of \d+\.\d GB\)")
 HELD_OUT = re.compile(r"\[Step (\d+)/(\d+)\] \| Held-out loss: \d+\.\d{5}")
@@ -117,7 +117,9 @@ def check_dataset(page, folder, said):
     lines = said.splitlines()
     assert lines[:2] == ["Loading Tokenizer...", "Preprocessing dataset..."]  # from a folder: nothing is downloaded
     assert lines[-2:] == ["Saving dataset into torch format...", f"Dataset saved as {page.dataset_file}"]
-    assert [line.split(",")[0] for line in lines[2:-2]] == [f"train: {ROWS} rows", f"validation: {HELD_OUT_ROWS} rows"]
+    assert [line.split(",")[0] for line in lines[2:4]] == [f"train: {ROWS} rows", f"validation: {HELD_OUT_ROWS} rows"]
+    unused = {NEWS: ["Columns not used: id"], CODE: ["Columns not used: prompt"]}
+    assert lines[4:-2] == unused.get(page.sample, [])
     dataset = torch.load(folder / page.dataset_file)  # bare, as on the page
     assert dataset["meta"]["block_size"] == page.block_size
     assert len(dataset["train"]["lengths"]) == ROWS
