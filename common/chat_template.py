@@ -49,13 +49,6 @@ class Rendered(NamedTuple):
     remarks: List[str]  # what the template does with an answer that the reader should know, for each
 
 
-class Probe(NamedTuple):
-    """What the template does with a plain question and answer."""
-
-    generation_prompt: str
-    begin: str  # of an answer's turn, behind what the model is asked with: `<|channel|>final<|message|>` of gpt-oss
-
-
 class ChatTemplate:
     """A tokenizer with its chat template. UserError if it has none."""
 
@@ -66,6 +59,10 @@ class ChatTemplate:
         load_chat_template_file(tokenizer)
         self.tokenizer = tokenizer
         self.name = f"chat template of {tokenizer.name_or_path}"
+        self.no_end = (
+            f"{self.name} ends no answer with a token that its tokenizer knows, so the model could not learn to stop. "
+            "Use the template and the tokenizer of the same chat model."
+        )
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path} has no chat template, which conversations need: it is a "
@@ -131,9 +128,11 @@ class ChatTemplate:
         stop = len(text.rstrip())  # the white space that templates write after the end token is not learned
         if stop <= len(asked):
             raise UserError(f"the {self.name} leaves out message {len(messages)}. Fix that row.")
-        turn = text[max(0, len(asked) - len(self._probe.generation_prompt)) : stop]
-        missing = _missing_parts(messages[-1], turn) + _missing_context(before, tools, text[: len(asked)])
-        remarks += [f"leaves out {name}" for name in missing]
+        turn = text[max(0, len(asked) - len(self._frame[0])) : stop]
+        remarks += [f"leaves out {name}" for name in _missing(messages[-1], turn)]
+        context = {"the system message": [one["content"] for one in before if one["role"] in SYSTEM_ROLES]}
+        context["the tools"] = _function_names(tools or [])
+        remarks += [f"leaves out {name}" for name, texts in context.items() if not _are_in(asked, texts)]
         return Rendered(messages, text, [(len(asked), stop)], remarks)
 
     def _header(self, before: List[dict], tools: Optional[list]) -> str:
@@ -142,7 +141,7 @@ class ChatTemplate:
 
     def _answer_alone(self, text: str, before: List[dict], tools: Optional[list]) -> str:
         """What follows in `text`, which ends with an answer to `before`, on what the model is asked with."""
-        header, begin = self._header(before, tools), self._probe.begin
+        header, begin = self._header(before, tools), self._frame[1]
         # A call of a tool may have another header than a text.
         differs = len(header) - len(commonprefix([header, text]))
         if differs > len(begin):
@@ -153,10 +152,12 @@ class ChatTemplate:
         return begin[: len(begin) - differs] + text[len(header) - differs :]
 
     @cached_property
-    def _probe(self) -> Probe:
+    def _frame(self) -> Tuple[str, str]:
+        """Of a plain question and answer: the generation prompt, and what the answer's turn has behind it (gpt-oss:
+        `<|channel|>final<|message|>`)."""
         question, asked = self.render([QUESTION]), self.render([QUESTION], add_generation_prompt=True)
         header = self._header([QUESTION], None)
-        return Probe(_without_common_prefix(asked, question), _without_common_prefix(header, asked))
+        return asked[len(commonprefix([asked, question])) :], header[len(commonprefix([header, asked])) :]
 
     def render_answers(self, messages: List[dict], tools: Optional[list] = None) -> List[Rendered]:
         """The conversation up to its last answer with content, with all answers; [] if there is none. If the template
@@ -192,24 +193,15 @@ class ChatTemplate:
         ids, mask = self.encode(rendered.text, rendered.answers)
         end = ids[mask.rindex(b"\1")]
         if end not in self.end_ids:
-            raise UserError(f"{self.no_end[0].upper()}{self.no_end[1:]}")
+            following, _ = self.encode(self.render([QUESTION, ANSWERS[0], QUESTION])[len(rendered.text) :])
+            if following and following[0] in self.end_ids:
+                token = self.backend.id_to_token(following[0])
+                raise UserError(
+                    f"The {self.name} ends no answer with a token of its own: {token} of the next turn does, which "
+                    "these scripts do not support. Use a model whose template ends each answer."
+                )
+            raise UserError(f"The {self.no_end}")
         return end
-
-    @cached_property
-    def no_end(self) -> str:
-        """What is wrong with a template that ends no answer with a token."""
-        answered = [QUESTION, ANSWERS[0]]
-        following = _without_common_prefix(self.render([*answered, QUESTION]), self.render(answered))
-        ids, _ = self.encode(following)
-        if ids and ids[0] in self.end_ids:
-            return (
-                f"the {self.name} ends no answer with a token of its own: {self.backend.id_to_token(ids[0])} of the "
-                "next turn does, which these scripts do not support. Use a model whose template ends each answer."
-            )
-        return (
-            f"the {self.name} ends no answer with a token that its tokenizer knows, so the model could not learn to "
-            "stop. Use the template and the tokenizer of the same chat model."
-        )
 
 
 @lru_cache(maxsize=4)
@@ -218,31 +210,13 @@ def get_chat_template(tokenizer) -> ChatTemplate:
     return ChatTemplate(tokenizer)
 
 
-def _without_common_prefix(text: str, other: str) -> str:
-    return text[len(commonprefix([text, other])) :]
-
-
-def _missing_parts(message: dict, turn: str) -> List[str]:
+def _missing(answer: dict, turn: str) -> List[str]:
     """The parts of an answer that are not in its turn as the template writes it: keys, or `<think>` and the like."""
-    missing = []
-    for key, value in message.items():
-        texts = [value] if isinstance(value, str) and key != "role" else []
-        if key == "tool_calls":
-            texts = _function_names(value)
-        if not _are_in(turn, texts):
-            tag = TAG.match(texts[0])
-            missing.append(tag.group(1) if tag else key)
-    return missing
-
-
-def _missing_context(before: List[dict], tools: Optional[list], text: str) -> List[str]:
-    """What is not in the text before an answer: the system message, the tools."""
-    missing = []
-    if not _are_in(text, [message["content"] for message in before if message["role"] in SYSTEM_ROLES]):
-        missing.append("the system message")
-    if not _are_in(text, _function_names(tools or [])):
-        missing.append("the tools")
-    return missing
+    parts = {key: [value] for key, value in answer.items() if isinstance(value, str) and key != "role"}
+    parts["tool_calls"] = _function_names(answer.get("tool_calls") or [])
+    missing = [key for key, texts in parts.items() if not _are_in(turn, texts)]
+    tag = TAG.match(answer["content"])
+    return [tag.group(1) if tag and key == "content" else key for key in missing]
 
 
 def _function_names(entries: list) -> List[str]:
@@ -253,9 +227,7 @@ def _function_names(entries: list) -> List[str]:
 
 def _are_in(written: str, texts: List[str]) -> bool:
     """Whether all `texts` are part of what was written, white space apart, which templates may change."""
-    if not texts:
-        return True
-    written = "".join(written.split())
+    written = "".join(written.split()) if texts else ""
     return all("".join(text.split()) in written for text in texts)
 
 
@@ -315,7 +287,7 @@ def _encode_within(chat: ChatTemplate, part: Rendered, tools: Optional[list], bl
         ids, mask = chat.encode(part.text, part.answers)
     end = mask.rindex(b"\1")
     if not chat.end_ids.issuperset(last_ids(ids, mask)):
-        raise UserError(f"in this conversation {chat.no_end}")
+        raise UserError(f"in this conversation the {chat.no_end}")
     if len(ids) > block_size:  # only the newest answer is left to be truncated; its end token stays
         start = mask.rfind(b"\0", 0, end) + 1
         kept = block_size - (len(ids) - end)

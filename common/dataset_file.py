@@ -209,7 +209,8 @@ def stop_token_ids(meta: dict, tokenizer, model=None) -> List[int]:
     trained): first those that it has learned, then the tokenizer's own, and those that `model` had before."""
     own = model.generation_config.eos_token_id if model else None
     own = own if isinstance(own, list) else [own]
-    ids = [*meta.get("end_tokens", []), tokenizer.eos_token_id, *own]
+    learned = meta.get("end_tokens", [meta.get("end_of_turn")])  # the latter in results of files of version 2
+    ids = [*learned, tokenizer.eos_token_id, *own]
     return list(dict.fromkeys(one for one in ids if one is not None))
 
 

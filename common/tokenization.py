@@ -78,11 +78,12 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     if positions is not None and block_size > positions:
         raise UserError(f"--block-size {block_size} exceeds the {positions} positions of {model_dir}. Use fewer.")
     trained = ModelSource(model_dir).run.get("dataset", {})
-    installed = version("transformers")
-    if trained.get("transformers", installed) != installed and trained.get("tokenizer") != fingerprint(tokenizer):
+    made_by, installed = trained.get("transformers", ""), version("transformers")
+    # Without end_tokens, it is of an older version of these scripts, and its fingerprint is another.
+    if made_by != installed and "end_tokens" in trained and trained.get("tokenizer") != fingerprint(tokenizer):
         print(
-            f"{model_dir} was trained with transformers {trained['transformers']}, and {installed} tokenizes some "
-            f"texts differently: pip install transformers=={trained['transformers']}"
+            f"{model_dir} was trained with transformers {made_by}, and {installed} tokenizes some texts differently: "
+            f"pip install transformers=={made_by}"
         )
     largest = largest_id(tokenizer)
     if embeddings is not None and largest >= embeddings:

@@ -365,7 +365,6 @@ def save_tokenizer(tokenizer, directory: Path, chat_template: Optional[str] = No
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(settings.get("extra_special_tokens"), list):
         settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-    settings["clean_up_tokenization_spaces"] = False  # else other tools lose spaces where they decode `x != y`
     if chat_template is not None:
         for name in CHAT_TEMPLATES:  # transformers prefers them to the one in tokenizer_config.json
             (directory / name).unlink(missing_ok=True)

@@ -200,7 +200,7 @@ def test_ids_are_those_of_the_library_and_each_answer_and_its_end_is_in_the_loss
             answers = [answer[len("<think>\n") :] for answer in answers]
         wanted = [(one.strip() if name in TRIMS else one) + END[kind] for one in answers]
         assert len(found) == len(wanted) and all(map(same_text, [name] * len(found), found, wanted)), (found, wanted)
-        assert not any(row.prompt_truncated or row.answer_truncated for row in rows)
+        assert not any(row.prompt_truncated or row.answer_truncated or row.remarks for row in rows)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -94,8 +94,11 @@ class ModelSource:
         learned, and its base model's. [] of a hub id."""
         if self.is_adapter:
             return self.run.get("dataset", {}).get("end_tokens", []) + ModelSource(self.base).end_tokens
-        settings = read_json(self.directory / "generation_config.json")
-        ids = settings.get("eos_token_id", self.config.get("eos_token_id", []))
+        ids = read_json(self.directory / "generation_config.json").get("eos_token_id")
+        if ids is None:
+            ids = self.config.get("eos_token_id")
+        if ids is None:
+            return []
         return ids if isinstance(ids, list) else [ids]
 
     @property
