@@ -340,7 +340,8 @@ def test_another_measure_and_other_rows(trained, warm):
     run["dataset"]["sha256"]["train"]["input_ids"] = "of other rows"
     (trained / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
     tells(warm(command, cwd=trained, ok=None), "./llama3_dataset.pt has changed since the training", "Prepare")
-    done = warm(f"{command} --dataset-name-or-path ./llama3_dataset.pt", cwd=trained)
+    (trained / "llama3_dataset.pt").rename(trained / "other.pt")
+    done = warm(f"{command} --dataset-name-or-path ./other.pt", cwd=trained)
     assert "held-out" not in done.stdout and "not the dataset file of its training" in done.stdout
 
 
