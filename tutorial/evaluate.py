@@ -143,20 +143,21 @@ def load_rows(args, device) -> Rows:
 
 
 def title_of_rows(args, meta: dict) -> str:
-    """What the table says of its rows: they are held out only where the file is the very one of the training.
+    """What the table says of its rows: they are held out only where the model was trained on this file alone.
 
     UserError where the file of the training was prepared again: other rows are held out now.
     """
     model, file = args.model_name_or_path, args.dataset_name_or_path
     source = ModelSource(model)
-    if source.was_trained_on(meta):
+    if source.has_not_seen(meta):
         return f"{model}, held-out rows of {file}:"
-    if file == source.run.get("options", {}).get("dataset_name_or_path"):
+    has_changed = source.run.get("dataset", {}).get("sha256") != meta["sha256"]
+    if has_changed and file == source.run.get("options", {}).get("dataset_name_or_path"):
         raise UserError(
             f"{file} has changed since the training of {model}, so its held-out rows may be rows that were trained on. "
             "Prepare it as for the training, train again, or give another file with --dataset-name-or-path."
         )
-    return f"{model}, rows of {file} (not the dataset file of its training: it may have learned them):"
+    return f"{model}, rows of {file} (which it may have learned from another file):"
 
 
 def ask_both(args, device, rows: Rows):
