@@ -79,7 +79,7 @@ def same_result(folder, other):
     """Assert that the training in `folder` has ended as that in `other`, which was never cut, and has left no more."""
     same_weights(folder, other)
     assert losses(folder) == losses(other)
-    assert tokens(folder) == pytest.approx(tokens(other))
+    assert tokens(folder) == pytest.approx(tokens(other), rel=1e-4)  # the log has six digits
     picture = "training_loss.png"  # of the same records the same to the last byte
     assert (folder / SAVED / picture).read_bytes() == (other / SAVED / picture).read_bytes()
     names = [sorted(path.name for path in (place / SAVED).iterdir()) for place in (folder, other)]

@@ -179,7 +179,7 @@ def check_log(page, folder):
     # each of these trainings goes through all rows once, Mistral's twice; padding is not counted
     tokens = sum(record["duration"] * record["tokens_per_second"] for record in log if "loss" in record)
     of_data = len(torch.load(folder / page.dataset_file)["train"]["input_ids"])
-    assert tokens == pytest.approx(of_data * (2 if page.train == "train_mistral.py" else 1), rel=1e-5)
+    assert tokens == pytest.approx(of_data * (2 if page.train == "train_mistral.py" else 1), rel=1e-4)
 
 
 def check_picture(path):
@@ -294,7 +294,7 @@ def check_twice_the_accelerators(page, folder, warm):
     (tokens,) = [record["duration"] * record["tokens_per_second"] for record in records(folder / "larger")]
     lengths = torch.load(folder / page.dataset_file)["train"]["offsets"].diff().sort().values
     batch = min(page.batch_size, ROWS)
-    assert int(lengths[:batch].sum()) <= round(tokens) <= int(lengths[-batch:].sum())
+    assert int(lengths[:batch].sum()) - 1 <= tokens <= int(lengths[-batch:].sum()) + 1  # the log has six digits
 
 
 def check_the_other_methods(page, folder, warm):

@@ -336,12 +336,17 @@ def test_another_measure_and_other_rows(trained, warm):
     report = json.loads((trained / "trained" / "evaluation.json").read_text(encoding="utf-8"))
     assert list(report["measures"]) == [PERPLEXITY, *TEXT, ENDED]
     assert lines.index("./trained, held-out rows of ./llama3_dataset.pt:") == len(lines) - 8  # the answers stand above
+    earlier = {"options": {}, "dataset": {"sha256": "of another file"}}  # of a training in two stages
+    (trained / "llama3-8b" / "run.json").write_text(json.dumps(earlier), encoding="utf-8")
+    learned = "./trained, rows of ./llama3_dataset.pt (which it may have learned from another file):"
+    assert learned in warm(command, cwd=trained).stdout
     run = json.loads((trained / "trained" / "run.json").read_text(encoding="utf-8"))
     run["dataset"]["sha256"]["train"]["input_ids"] = "of other rows"
     (trained / "trained" / "run.json").write_text(json.dumps(run), encoding="utf-8")
     tells(warm(command, cwd=trained, ok=None), "./llama3_dataset.pt has changed since the training", "Prepare")
-    done = warm(f"{command} --dataset-name-or-path ./llama3_dataset.pt", cwd=trained)
-    assert "held-out" not in done.stdout and "not the dataset file of its training" in done.stdout
+    (trained / "llama3_dataset.pt").rename(trained / "other.pt")
+    done = warm(f"{command} --dataset-name-or-path ./other.pt", cwd=trained)
+    assert learned.replace("llama3_dataset", "other") in done.stdout
 
 
 def test_an_adapter_that_changes_its_base(ready, warm):

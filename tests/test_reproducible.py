@@ -37,7 +37,7 @@ def test_steps_are_rows_by_batch_size_an_epoch(ready, warm):
     lengths = torch.load(ready / "llama3_dataset.pt")["train"]["offsets"].diff()
     assert set(lengths.tolist()) == {128}
     tokens = [record["duration"] * record["tokens_per_second"] for record in log if "loss" in record]
-    assert tokens == [pytest.approx(128 * 20 * steps) for steps in (4, 4, 1)]
+    assert tokens == [pytest.approx(128 * 20 * steps, rel=1e-4) for steps in (4, 4, 1)]  # the log has six digits
 
 
 def test_the_same_command_gives_the_same_model(ready, warm):

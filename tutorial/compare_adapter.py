@@ -41,8 +41,8 @@ def main():
     questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
     prompts = [prompt for prompt, _ in questions]
     source = ModelSource(args.model_name_or_path)
-    if not source.was_trained_on(dataset["meta"]):
-        print(f"{args.dataset_name_or_path} is not the file of the adapter's training: it may have learned these rows.")
+    if not source.has_not_seen(dataset["meta"]):
+        print(f"The adapter may have learned these rows of {args.dataset_name_or_path} from another file.")
 
     def ask(model, name):
         parts = generate_in_batches(model, tokenizer, prompts, args, stop_token_ids(dataset["meta"], tokenizer))

@@ -31,6 +31,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any, List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
@@ -39,7 +40,7 @@ from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
 from common.support.model_dir import ModelSource, require_model
 
-MAX_LINES, MAX_LETTERS = 5, 600  # of an answer to print; evaluation.json has all of it
+MAX_LINES, MAX_LETTERS = 5, 400  # of an answer to print; evaluation.json has all of it
 
 
 def arguments():
@@ -65,7 +66,6 @@ def arguments():
     trained = source.run.get("options", {})
     base = source.base if source.is_adapter else trained.get("model_name_or_path")
     args.base_model_name_or_path = args.base_model_name_or_path or base
-    args.file_is_given = bool(args.dataset_name_or_path)
     args.dataset_name_or_path = args.dataset_name_or_path or trained.get("dataset_name_or_path")
     for option in ("--base-model-name-or-path", "--dataset-name-or-path"):
         if not getattr(args, option[2:].replace("-", "_")):
@@ -79,18 +79,47 @@ def arguments():
 def main():
     args = arguments()
 
-    # Imported here, so that --help and a mistyped option are answered at once.
-    from common.batches import Batches
-    from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
+    # Here and below, what imports torch is imported late: --help and a mistyped option are answered at once.
     from common.device import start_device
-    from common.tokenization import fingerprint, load_tokenizer
-    from common.train_log import with_progress
     from dataset.scores import MEASURES, compare_scores
-    from model.generate import generate_in_batches, perplexity
-    from model.load import load_model
-    from model.lora import load_adapter
 
     device = start_device(seed=0)
+    rows = load_rows(args, device)
+    measure = MEASURES[args.measure or rows.meta["measure"]]
+    measure([""], [""], [""])  # A missing package is reported before the work.
+
+    before, after = ask_both(args, device, rows)
+
+    report = {"command": sys.argv, "options": vars(args), "dataset": rows.meta, "device": device.name}
+    report["measures"] = compare_scores(measure, rows.questions, rows.references, before, after)
+    report["answers"] = [
+        {"prompt": question, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
+        for question, reference, (old, old_ended), (new, new_ended) in zip(
+            rows.questions, rows.references, before[1], after[1]
+        )
+    ]
+    save(report, Path(args.save_dir))  # before it is printed: `| head` may have closed the output
+    show(report, args.show, rows.title, measure.__doc__)
+
+
+class Rows(NamedTuple):
+    """The rows on which the models are measured."""
+
+    meta: dict  # of the dataset file
+    title: str  # of the table
+    tokenizer: Any
+    batches: Any  # all rows as a training takes them, for the perplexity
+    prompts: List[List[int]]  # what a model is asked, in token ids
+    questions: List[str]  # the same as text
+    references: List[str]  # the data's answers
+
+
+def load_rows(args, device) -> Rows:
+    """The first held-out rows of the dataset file, which must fit both models."""
+    from common.batches import Batches
+    from common.dataset_file import held_out_prompts, load_dataset
+    from common.tokenization import fingerprint, load_tokenizer
+
     tokenizer = load_tokenizer(args.model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer)
     meta = dataset["meta"]
@@ -99,64 +128,70 @@ def main():
             f"{args.base_model_name_or_path} has another tokenizer than {args.model_name_or_path}: it can't have been "
             "its base. Give the right one with --base-model-name-or-path."
         )
-
-    # The questions, the data's answers (the references), and what is measured of a model's answers.
-    questions = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
-    title = title_of_rows(args, meta)
-    prompts = [prompt for prompt, _ in questions]
-    references = [reference for _, reference in questions]
-    measure = MEASURES[args.measure or meta["measure"]]
-    measure([""], [""], [""])  # A missing package is reported before the work.
-
-    # The rows again, as a training takes them: for the perplexity.
+    rows = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
+    prompts = [prompt for prompt, _ in rows]
     static_length = meta["block_size"] if device.static_shapes else 0
-    batches = Batches(dataset["validation"], args.batch_rows, device.micro_batch_tokens, static_length)
+    return Rows(
+        meta=meta,
+        title=title_of_rows(args, meta),
+        tokenizer=tokenizer,
+        batches=Batches(dataset["validation"], args.batch_rows, device.micro_batch_tokens, static_length),
+        prompts=prompts,
+        questions=[tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts],
+        references=[reference for _, reference in rows],
+    )
 
-    def ask(model, when):
-        """The perplexity of a model, and its answers: (text, whether it ended by itself) each."""
-        mean_perplexity = perplexity(model, batches, len(prompts), device)
-        parts = generate_in_batches(model, tokenizer, prompts, args, stop_token_ids(meta, tokenizer))
-        parts = with_progress(parts, len, when, len(prompts))
-        return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 
-    # The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).
+def title_of_rows(args, meta: dict) -> str:
+    """What the table says of its rows: they are held out only where the model was trained on this file alone.
+
+    UserError where the file of the training was prepared again: other rows are held out now.
+    """
+    model, file = args.model_name_or_path, args.dataset_name_or_path
+    source = ModelSource(model)
+    if source.has_not_seen(meta):
+        return f"{model}, held-out rows of {file}:"
+    has_changed = source.run.get("dataset", {}).get("sha256") != meta["sha256"]
+    if has_changed and file == source.run.get("options", {}).get("dataset_name_or_path"):
+        raise UserError(
+            f"{file} has changed since the training of {model}, so its held-out rows may be rows that were trained on. "
+            "Prepare it as for the training, train again, or give another file with --dataset-name-or-path."
+        )
+    return f"{model}, rows of {file} (which it may have learned from another file):"
+
+
+def ask_both(args, device, rows: Rows):
+    """What `ask` returns of the base, and of the trained model.
+
+    The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).
+    """
+    from model.load import load_model
+    from model.lora import load_adapter
+
     source = ModelSource(args.model_name_or_path)
     is_its_base = source.is_adapter and Path(source.base).resolve() == Path(args.base_model_name_or_path).resolve()
     bits = source.base_bits if is_its_base and args.bits is None else args.bits
     model = load_model(args.base_model_name_or_path, device.torch_device, device.dtype, bits)
-    before = ask(model, "before")
+    before = ask(model, args, device, rows, "before")
     if is_its_base:
         model = load_adapter(model, args.model_name_or_path)
     else:
         model = None  # Only one of the two models is in memory.
         model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
-    after = ask(model, "after")
-
-    texts = [tokenizer.decode(prompt, skip_special_tokens=True) for prompt in prompts]
-    report = {"command": sys.argv, "options": vars(args), "dataset": meta, "device": device.name}
-    report["measures"] = compare_scores(measure, texts, references, before, after)
-    report["answers"] = [
-        {"prompt": prompt, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
-        for prompt, reference, (old, old_ended), (new, new_ended) in zip(texts, references, before[1], after[1])
-    ]
-    save(report, Path(args.save_dir))  # before it is printed: `| head` may have closed the output
-    show(report, args.show, title, measure.__doc__)
+    return before, ask(model, args, device, rows, "after")
 
 
-def title_of_rows(args, meta: dict) -> str:
-    """What the table says of its rows: they are held out only where the file is the very one of the training.
+def ask(model, args, device, rows: Rows, when: str):
+    """The perplexity of a model, and its answers to all rows: (text, whether it ended by itself) each."""
+    from common.dataset_file import stop_token_ids
+    from common.train_log import with_progress
+    from model.generate import generate_in_batches, perplexity
 
-    UserError where the file of the training was prepared again: other rows are held out now.
-    """
-    model, file = args.model_name_or_path, args.dataset_name_or_path
-    if ModelSource(model).was_trained_on(meta):
-        return f"{model}, held-out rows of {file}:"
-    if not args.file_is_given:
-        raise UserError(
-            f"{file} has changed since the training of {model}, so its held-out rows may be rows that were trained on. "
-            "Prepare it as for the training, train again, or give another file with --dataset-name-or-path."
-        )
-    return f"{model}, rows of {file} (not the dataset file of its training: it may have learned them):"
+    mean_perplexity = perplexity(model, rows.batches, len(rows.prompts), device)
+    ends = stop_token_ids(rows.meta, rows.tokenizer)
+    parts = generate_in_batches(model, rows.tokenizer, rows.prompts, args, ends)
+    parts = with_progress(parts, len, when, len(rows.prompts))
+    return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 
 
 def save(report: dict, directory: Path) -> None:

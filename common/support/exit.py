@@ -269,12 +269,12 @@ class StopRequest:
 
 
 def _answer_ctrl_c(signals: socket.socket) -> None:
-    """Print a line when the number of SIGINT comes; end when the other side is closed."""
-    with signals:
-        for number in iter(lambda: signals.recv(1), b""):
-            if number[0] == signal.SIGINT:
-                print(f"\n{STOPPING}", file=sys.stderr, flush=True)
-                break
+    """Print a line when the number of SIGINT comes for the first time; end when the other side is closed."""
+    answered = False
+    for number in iter(lambda: signals.recv(1), b""):
+        if number[0] == signal.SIGINT and not answered:
+            print(f"\n{STOPPING}", file=sys.stderr, flush=True)
+            answered = True
 
 
 # ------------------------------------------------------------------------------------------------ torchrun

@@ -79,9 +79,15 @@ class ModelSource:
         bits = self.adapter_facts.get("base_bits")
         return None if bits is None else int(bits)
 
-    def was_trained_on(self, dataset_meta: dict) -> bool:
-        """Whether the dataset file with this meta is the one of the training: only then its held-out rows are new."""
-        return self.run.get("dataset", {}).get("sha256") == dataset_meta["sha256"]
+    def has_not_seen(self, dataset_meta: dict) -> bool:
+        """Whether the held-out rows of the dataset file with this meta are new to the model, because its training, and
+        those of the models that it was made of, had this file and no other one."""
+        runs: List[dict] = []
+        source = self
+        while source.run and source.run not in runs:
+            runs.append(source.run)
+            source = ModelSource(source.run["options"].get("model_name_or_path", ""))
+        return bool(runs) and all(run["dataset"].get("sha256") == dataset_meta["sha256"] for run in runs)
 
     @cached_property
     def config(self) -> dict:
