@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from common import distributed
@@ -27,8 +27,9 @@ from common.support.exit import UserError, disk_problem, short_message, without_
 from common.support.files import atomic_directory
 from common.support.model_dir import RUN, ModelSource
 from common.tokenization import fingerprint, load_tokenizer
+from model.fsdp import without_weights
 from model.load import open_checked
-from model.lora import save_adapter
+from model.lora import open_adapter, save_adapter
 from model.loss import CausalLMLoss
 from model.probe import largest_difference, logits_of, probe_ids
 from model.weight_format import DTYPE, DTYPES, WeightFormat, bytes_of, detect_format
@@ -64,8 +65,8 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     try:
         with distributed.on_main_process(lambda: atomic_directory(save_dir, stale)) as new:
             _write_files(network, tokenizer, new, save_dir, base, run or {})
-            if distributed.is_main_process() and not hasattr(network, "get_base_model"):
-                check_opens(new, network if can_ask else None)
+            if distributed.is_main_process():
+                check_opens(new, network, can_ask)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         if not disk_problem(error):
             raise
@@ -138,18 +139,24 @@ class Weight(NamedTuple):
         return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
 
 
-def check_opens(directory: Path, model: Optional[nn.Module] = None) -> None:
-    """UserError unless plain transformers opens the config and the tokenizer in `directory`.
+def check_opens(directory: Path, model: nn.Module, can_ask: bool) -> None:
+    """UserError unless plain transformers (and peft) opens the model and the tokenizer in `directory`.
 
-    With `model`, the weights as well: what is opened must have the logits of this model, if it is in float32. They are
-    computed with its weights, because those in the files are rounded. All of this takes main memory for the model in
-    float32; where that is not free, it is left out.
+    An adapter is opened on its base model without weights. can_ask: whether `model` can compute logits, which the
+    opened one must have too, if it is in float32. They are computed with its weights, because those in the files are
+    rounded. This takes main memory for the model in float32; where that is not free, only the config is opened.
     """
     logging.disable_progress_bar()  # what is loaded here is no news
     try:
-        AutoConfig.from_pretrained(directory, trust_remote_code=False)
         AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if model is None or 1.2 * 4 * model.num_parameters() > psutil.virtual_memory().available:
+        if hasattr(model, "get_base_model"):
+            base_config = AutoConfig.from_pretrained(ModelSource(str(directory)).base, trust_remote_code=False)
+            with without_weights(torch.float32):
+                base = AutoModelForCausalLM.from_config(base_config, trust_remote_code=False)
+            open_adapter(base, str(directory))
+            return
+        AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if not can_ask or 1.2 * 4 * model.num_parameters() > psutil.virtual_memory().available:
             return
         opened = open_checked(str(directory), {DTYPE: torch.float32})
         opened.load_state_dict(model.state_dict())
