@@ -8,6 +8,7 @@ import gc
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Dict, Iterable, Iterator, NamedTuple, Tuple
 
 import psutil
@@ -183,6 +184,19 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return psutil.virtual_memory().total
+
+
+def free_memory() -> int:
+    """Bytes of main memory that are free; in a container, of those that it may use."""
+    free = psutil.virtual_memory().available
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # another version of cgroups, or no limit
+            cgroup = Path("/sys/fs/cgroup")
+            free = min(free, int((cgroup / limit).read_text()) - int((cgroup / used).read_text()))
+    return free
 
 
 @contextlib.contextmanager

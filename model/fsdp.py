@@ -44,7 +44,7 @@ def load_sharded(directory: str, weight_format: WeightFormat, dtype: torch.dtype
         dtype = torch.float32  # the weights of a layer are gathered in one type
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     config_dtype = torch.float32 if dtype == torch.float32 else weight_format.main_dtype or dtype
-    with _without_weights(dtype):
+    with without_weights(dtype):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **{DTYPE: config_dtype})
     model.tie_weights()
     model.generation_config = GenerationConfig(eos_token_id=ModelSource(directory).end_tokens or None)
@@ -77,7 +77,7 @@ def load_sharded(directory: str, weight_format: WeightFormat, dtype: torch.dtype
 
 
 @contextmanager
-def _without_weights(dtype: torch.dtype) -> Iterator[None]:
+def without_weights(dtype: torch.dtype) -> Iterator[None]:
     """Inside, the weights of a new model take no memory, but its buffers (RoPE's frequencies) are computed.
 
     torch.device("meta") would leave the buffers without values as well.

@@ -144,7 +144,7 @@ def generate_in_batches(
     """
     if max(map(len, prompts)) > prompt_room(model, args.max_new_tokens):
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
-    with explain_out_of_memory("an answer", model.device, MEMORY_SAVING[1:]):
+    with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
         rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]

@@ -129,12 +129,7 @@ def load_model(
         how = f"{weight_format.bits} bit ({weight_format.method})"
         print(f"{base} is stored in {how} and is loaded in {bits or 16} bit.")
     with explain_out_of_memory(f"the model {base}", device, options):
-        if bits:
-            model = _load_quantized(base, weight_format, device, dtype, bits)
-        elif weight_format.method:
-            model = _load_dequantized(base, weight_format, device, dtype)
-        else:
-            model = _load_plain(base, weight_format, dtype)
+        model = _load_base(base, weight_format, device, dtype, bits)
         # The other generation settings on the hub are for chat, and some of them cannot even be saved again.
         ends = source.end_tokens or model.generation_config.eos_token_id
         model.generation_config = GenerationConfig(eos_token_id=ends)
@@ -149,47 +144,34 @@ def load_model(
         return load_adapter(model, model_dir) if source.is_adapter else model
 
 
-def _load_plain(base: str, weight_format: WeightFormat, dtype: Optional[torch.dtype]) -> nn.Module:
-    # In float32 at once where that is asked for: some models round factors that they compute when they are made.
-    in_float32 = weight_format.mixed or dtype == torch.float32
-    return open_checked(base, {DTYPE: torch.float32 if in_float32 else "auto"})
-
-
-def _load_quantized(
+def _load_base(
     base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype], bits: int
 ) -> nn.Module:
-    """The model in 4 or 8 bit by bitsandbytes: as it is stored, or quantized while it is loaded."""
-    if weight_format.method == "bitsandbytes":
-        model = _load_bitsandbytes(base, weight_format, device, dtype)
-    else:
-        options = {"quantization_config": quantization_config(bits, device, dtype), "device_map": device}
-        options[DTYPE] = "auto" if weight_format.method else dtype
-        if weight_format.mixed:
-            options[DTYPE] = torch.float32  # what is not quantized, see cast_and_move
-        model = open_checked(base, options, weight_format.method)
-    disable_cpu_weight_packing(model)
-    print_unquantized_share(model, bits)
+    """The model as it is stored, or in 4 or 8 bit by bitsandbytes; where it is stored so and `bits` is 0, in 16 bit."""
+    method = weight_format.method
+    options: dict = {DTYPE: "auto"}
+    compute_dtype = None
+    if method == "bitsandbytes":
+        require_bitsandbytes(f"{base}, which is stored in {weight_format.bits} bit,", device)
+        options["device_map"] = device
+        if weight_format.bits == 4:
+            compute_dtype = dtype
+    elif bits:
+        options.update(quantization_config=quantization_config(bits, device, dtype), device_map=device)
+        if not method:
+            options[DTYPE] = dtype
+    # In float32 at once where that is asked for: some models round factors that they compute when they are made.
+    if weight_format.mixed or (dtype == torch.float32 and not method and not bits):
+        options[DTYPE] = torch.float32
+    model = open_checked(base, options, method, compute_dtype)
+    if bits:
+        disable_cpu_weight_packing(model)
+        print_unquantized_share(model, bits)
+    elif method:
+        if method == "bitsandbytes":
+            model = model.dequantize()
+        forget_quantization(model)
     return model
-
-
-def _load_dequantized(
-    base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype]
-) -> nn.Module:
-    """A model that is stored in fewer bits, in 16 bit."""
-    if weight_format.method == "bitsandbytes":
-        model = _load_bitsandbytes(base, weight_format, device, dtype).dequantize()
-    else:
-        model = open_checked(base, {DTYPE: "auto"}, weight_format.method)
-    forget_quantization(model)
-    return model
-
-
-def _load_bitsandbytes(
-    base: str, weight_format: WeightFormat, device: torch.device, dtype: Optional[torch.dtype]
-) -> nn.Module:
-    require_bitsandbytes(f"{base}, which is stored in {weight_format.bits} bit,", device)
-    options = {DTYPE: "auto", "device_map": device}
-    return open_checked(base, options, "bitsandbytes", dtype if weight_format.bits == 4 else None)
 
 
 def open_checked(base: str, options: dict, method: str = "", compute_dtype: Optional[torch.dtype] = None) -> nn.Module:

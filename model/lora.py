@@ -305,8 +305,6 @@ def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
     Raises UserError if it is the adapter of another base model.
     """
     require_peft("an adapter")
-    from peft import PeftModel
-
     base = model.name_or_path
     expected = ModelSource(adapter_dir).adapter_facts.get("base_fingerprint")
     if expected and expected != weights_fingerprint(base):
@@ -315,12 +313,19 @@ def load_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
             f"or write the right directory into base_model_name_or_path of {adapter_dir}/adapter_config.json."
         )
     try:
-        with _without_warnings():
-            return PeftModel.from_pretrained(model, adapter_dir, **options)
+        return open_adapter(model, adapter_dir, **options)
     except Exception as error:  # a damaged file, or layers of another model: each has an exception of its own
         raise UserError(
             f"The adapter {adapter_dir} can't be loaded on {base}: {short_message(error)}. Train it again."
         ) from None
+
+
+def open_adapter(model: nn.Module, adapter_dir: str, **options) -> nn.Module:
+    """`model` with the adapter of `adapter_dir` on it, by plain peft. Raises if a part of it is missing."""
+    from peft import PeftModel
+
+    with _without_warnings():
+        return PeftModel.from_pretrained(model, adapter_dir, **options)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -339,7 +344,7 @@ def merge(model: nn.Module) -> nn.Module:
         merged = model.merge_and_unload()
     head = merged.get_output_embeddings()
     if head is not None and head.weight is not merged.get_input_embeddings().weight:
-        for config in (merged.config, merged.config.get_text_config()):
+        for config in (merged.config, getattr(merged.config, "text_config", merged.config)):
             config.tie_word_embeddings = False
     difference = largest_difference(logits_of(merged, probe_ids(merged, 12)), expected)
     if not difference < (1e-3 if merged.dtype == torch.float32 else 0.1):
@@ -356,6 +361,9 @@ def _without_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to")  # for GPT-2's layers
+        warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")  # into a model without weights
+        warnings.filterwarnings("ignore", "Model with `tie_word_embeddings=True`")  # which `merge` cares for
+        warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
         warnings.filterwarnings("error", "Found missing adapter keys")  # or a part would silently stay untrained
         yield
 

@@ -10,25 +10,27 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional
 
-import psutil
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from common import distributed
 from common.checkpoint import list_checkpoints
 from common.dataset_file import stop_token_ids
-from common.support.exit import UserError, disk_problem, short_message, without_secrets
+from common.device import free_memory
+from common.support.exit import UserError, disk_problem, is_out_of_memory, short_message, without_secrets
 from common.support.files import atomic_directory
 from common.support.model_dir import RUN, ModelSource
 from common.tokenization import fingerprint, load_tokenizer
+from model.fsdp import without_weights
 from model.load import open_checked
-from model.lora import save_adapter
+from model.lora import open_adapter, save_adapter
 from model.loss import CausalLMLoss
 from model.probe import largest_difference, logits_of, probe_ids
 from model.weight_format import DTYPE, DTYPES, WeightFormat, bytes_of, detect_format
@@ -64,8 +66,8 @@ def save_model(model: nn.Module, tokenizer, save_dir: str, base: str = "", run: 
     try:
         with distributed.on_main_process(lambda: atomic_directory(save_dir, stale)) as new:
             _write_files(network, tokenizer, new, save_dir, base, run or {})
-            if distributed.is_main_process() and not hasattr(network, "get_base_model"):
-                check_opens(new, network if can_ask else None)
+            if distributed.is_main_process():
+                check_opens(new, network, can_ask)
     except Exception as error:  # safetensors has an exception of its own for a full disk
         if not disk_problem(error):
             raise
@@ -138,22 +140,30 @@ class Weight(NamedTuple):
         return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
 
 
-def check_opens(directory: Path, model: Optional[nn.Module] = None) -> None:
-    """UserError unless plain transformers opens the config and the tokenizer in `directory`.
+def check_opens(directory: Path, model: nn.Module, can_ask: bool) -> None:
+    """UserError unless plain transformers (and peft) opens the model and the tokenizer in `directory`.
 
-    With `model`, the weights as well: what is opened must have the logits of this model, if it is in float32. They are
-    computed with its weights, because those in the files are rounded. All of this takes main memory for the model in
-    float32; where that is not free, it is left out.
+    An adapter is opened on its base model without weights. can_ask: whether `model` can compute logits, which the
+    opened one must have too, if it is in float32. They are computed with its weights, because those in the files are
+    rounded. This takes main memory for the model in float32; where that is not free, only the config is opened.
     """
     logging.disable_progress_bar()  # what is loaded here is no news
     try:
-        AutoConfig.from_pretrained(directory, trust_remote_code=False)
         AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        if model is None or 1.2 * 4 * model.num_parameters() > psutil.virtual_memory().available:
+        if hasattr(model, "get_base_model"):
+            base_config = AutoConfig.from_pretrained(ModelSource(str(directory)).base, trust_remote_code=False)
+            with without_weights(torch.float32):
+                base = AutoModelForCausalLM.from_config(base_config, trust_remote_code=False)
+            open_adapter(base, str(directory))
+            return
+        AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if not can_ask or 1.2 * 4 * model.num_parameters() > free_memory():
             return
         opened = open_checked(str(directory), {DTYPE: torch.float32})
         opened.load_state_dict(model.state_dict())
     except Exception as error:  # each part has exceptions of its own
+        if is_out_of_memory(error):
+            return
         require_saved(False, f"transformers cannot open them ({short_message(error)})")
     if all(weight.dtype == torch.float32 for weight in model.parameters()):
         expected = logits_of(model, probe_ids(model, 12))
@@ -167,9 +177,14 @@ def write_weights(model: nn.Module, directory: Path, weight_format: Optional[Wei
     Raises on rank 0 OSError where it cannot write, and UserError where the files are not what is in memory.
     """
     weights = weights_to_save(model, weight_format)
-    files = split_into_files(weights)
+    files = split_state_dict_into_shards_factory(
+        weights,
+        get_storage_size=lambda weight: weight.num_bytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=MAX_FILE_BYTES,
+    )
     problem: Optional[Exception] = None
-    for file, names in files.items():
+    for file, names in files.filename_to_tensors.items():
         tensors = {name: weights[name].gather() for name in names}
         if distributed.is_main_process() and not problem:
             try:
@@ -184,13 +199,9 @@ def write_weights(model: nn.Module, directory: Path, weight_format: Optional[Wei
         raise problem
     if not distributed.is_main_process():
         return
-    if len(files) > 1:
-        total = {
-            "total_parameters": sum(weight.tensor.numel() for weight in weights.values()),
-            "total_size": sum(weight.num_bytes for weight in weights.values()),
-        }
-        file_of_tensor = {name: file for file, names in files.items() for name in names}
-        index = json.dumps({"metadata": total, "weight_map": file_of_tensor}, indent=2, sort_keys=True)
+    if files.is_sharded:
+        content = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+        index = json.dumps(content, indent=2, sort_keys=True)
         (directory / "model.safetensors.index.json").write_text(index + "\n", encoding="utf-8")
     _check_headers(directory, weights)
     num_saved = sum(weight.tensor.numel() for weight in weights.values())
@@ -236,21 +247,6 @@ def _unique(tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 def _identity(tensor: torch.Tensor) -> tuple:
     """The same for two names of one tensor. An empty shard has no memory of its own, so there the object counts."""
     return (id(tensor),) if hasattr(tensor, "full_tensor") else (tensor.data_ptr(), tensor.shape)
-
-
-def split_into_files(weights: Dict[str, Weight]) -> Dict[str, List[str]]:
-    """{file name: names of its tensors}, in their order."""
-    parts: List[List[str]] = [[]]
-    size = 0
-    for name, weight in weights.items():
-        if parts[-1] and size + weight.num_bytes > MAX_FILE_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += weight.num_bytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{number:05}-of-{len(parts):05}.safetensors": part for number, part in enumerate(parts, 1)}
 
 
 def _check_values(file: Path, tensors: Dict[str, torch.Tensor]) -> None:

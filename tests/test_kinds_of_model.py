@@ -180,7 +180,7 @@ def test_files_of_experts_are_not_kept_in_memory_beside_the_model(kind, ready):
 # ------------------------------------------------------------------------------------ k. more than text
 
 
-@pytest.mark.parametrize("kind", first_fast(1, ["qwen3_5", "qwen3_5_moe"]))
+@pytest.mark.parametrize("kind", first_fast(0, ["qwen3_5", "qwen3_5_moe"]))
 def test_the_language_model_of_one_that_reads_images_is_saved_as_what_plain_transformers_opens(kind, ready, warm):
     """Its config on the hub has a text_config and a vision_config; without a step its logits are the base's."""
     if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

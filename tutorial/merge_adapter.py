@@ -33,9 +33,9 @@ def main():
     require_disk_space(ModelSource(base).bytes_of_weights, args.save_dir, "The merged model")
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    import psutil
     import torch
 
+    from common.device import free_memory
     from common.tokenization import load_tokenizer
     from model.load import load_model
     from model.lora import merge
@@ -45,7 +45,7 @@ def main():
     tokenizer = load_tokenizer(adapter)
     # In float32, if it fits: then the weights are rounded once, at the end.
     size = ModelSource(base).bytes_of_weights * 32 // detect_format(base).bits
-    dtype = torch.float32 if 1.2 * size < psutil.virtual_memory().available else None
+    dtype = torch.float32 if 1.2 * size < free_memory() else None
     model = load_model(adapter, torch.device("cpu"), dtype, bits=0, options=())
 
     model = merge(model)  # W + alpha / r * B A, layer by layer
