@@ -174,7 +174,7 @@ def test_what_a_folder_says_of_its_data(tmp_path):
     for text, known in cards.items():
         (tmp_path / "README.md").write_text(text)
         splits, source = load_splits(str(tmp_path))
-        assert source == (str(tmp_path), known) and [*splits["train"]] == [{"a": "b"}]
+        assert (source.name, source.card) == (str(tmp_path), known) and [*splits["train"]] == [{"a": "b"}]
 
 
 def test_our_samples_have_a_licence_and_a_language():

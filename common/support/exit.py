@@ -197,7 +197,6 @@ def install_hint(module: str) -> str:
 
 def _end(status: int) -> None:
     """End the process with `status`; with another one where the output cannot be written."""
-    atexit._run_exitfuncs()
     # Python's own clean-up would write once more into a closed pipe, and a thread of the process group can abort there.
     at_once = status > 128 or world_size() > 1
     try:
@@ -206,13 +205,14 @@ def _end(status: int) -> None:
     except OSError as error:  # a closed pipe, or a full disk
         status = CLOSED_PIPE if isinstance(error, BrokenPipeError) else 2
         at_once = True
+    if not at_once:
+        sys.exit(status)
+    atexit._run_exitfuncs()
     if status == 128 + signal.SIGINT and os.name == "posix" and world_size() == 1:
         # Die by the signal itself, so that a shell loop around the script stops as well.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.raise_signal(signal.SIGINT)
-    if at_once:
-        os._exit(status)
-    sys.exit(status)
+    os._exit(status)
 
 
 # ------------------------------------------------------------------------------------------------ a signal as a request
