@@ -73,7 +73,7 @@ test-stack: .venv-$(STACK)/made .venv/test
 
 .venv-%/made: $(wildcard requirements/*.txt)
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep "^$(patsubst python%,%,$(STACK_PYTHON))\." | tail -1) $(STACK_PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install --quiet -r requirements/requirements_llama2.txt gguf pytest pytest-xdist -c requirements/constraints_$*.txt
+	.venv-$*/bin/python -m pip install --quiet -r requirements/requirements_llama2.txt gguf num2words pytest pytest-xdist -c requirements/constraints_$*.txt
 	touch $@
 
 # --no-compile: Python compiles what is imported, not all that is installed: 24 s in place of 42

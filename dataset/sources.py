@@ -18,6 +18,7 @@ from unicodedata import normalize
 
 from common.support.exit import UserError, first_line
 from dataset.columns import join_names
+from dataset.korean_numbers import korean_number_splits
 from dataset.standard_library import standard_library_splits
 
 CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # the version of a hub dataset that comes in several
@@ -60,7 +61,8 @@ class Source(NamedTuple):
 
 
 def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
-    """{"train": rows, "validation": rows} of a file, a folder, a hub id or "standard-library"; and their source.
+    """{"train": rows, "validation": rows} of a file, a folder, a hub id, "standard-library" or "korean-numbers"; and
+    their source.
 
     The rows of a split can be iterated several times. Without a validation split, rows of train are held out.
     UserError if there is no such file or dataset, if it has no rows, or if a row cannot be read.
@@ -72,6 +74,9 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
     if name_or_path == "standard-library":
         source = Source(f"the standard library of Python {platform.python_version()}")
         splits = standard_library_splits()
+    elif name_or_path == "korean-numbers":
+        source = Source("Korean numbers, made by dataset/korean_numbers.py")
+        splits = korean_number_splits()
     elif path.is_dir():
         source = Source(name_or_path, _card_of_folder(path))
         splits = _read_folder(path)

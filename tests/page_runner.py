@@ -76,6 +76,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MACHINE = (
     (re.compile(r"^Device: .*"), "Device: (a name and a type)"),
     (re.compile(r"(?<=\d)\+(cpu|cu\d+|rocm[\d.]+)\b"), ""),  # the build, in the version of torch
+    (re.compile(r"(?<=\d )MB\b"), "GB"),  # the plan of a tiny model is in MB
 )
 # of Debian, whose python3 has no packages and refuses to install any
 SYSTEM = ("sudo", "git", "make", "python", "python3", "pip", "pip3", "hf", "huggingface-cli", "torchrun")

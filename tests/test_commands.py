@@ -114,7 +114,8 @@ def check_download(page, folder, said):
 
 
 def check_dataset(page, folder, said):
-    lines = said.splitlines()
+    # Only some versions of transformers want a space behind <s>: test_templates looks at that line.
+    lines = [line for line in said.splitlines() if not line.startswith("The chat template saved with the model is for")]
     assert lines[:2] == ["Loading Tokenizer...", "Preprocessing dataset..."]  # from a folder: nothing is downloaded
     assert lines[-2:] == ["Saving dataset into torch format...", f"Dataset saved as {page.dataset_file}"]
     assert [line.split(",")[0] for line in lines[2:4]] == [f"train: {ROWS} rows", f"validation: {HELD_OUT_ROWS} rows"]

@@ -158,7 +158,7 @@ def same_losses(folder, other, name, other_name=""):
     keys = ("loss", "held_out_loss")
     one, several = ([(line["step"], key, line[key]) for line in log for key in keys if key in line] for log in logs)
     assert [line[:2] for line in one] == [line[:2] for line in several]
-    assert [line[2] for line in one] == pytest.approx([line[2] for line in several], abs=1e-5)
+    assert [line[2] for line in one] == pytest.approx([line[2] for line in several], abs=2e-5)  # logs have six digits
     return [line[2] for line in one if line[1] == "loss"]
 
 
