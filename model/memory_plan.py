@@ -130,9 +130,8 @@ class MemoryPlan(NamedTuple):
             method += f", {self.setup.world_size} processes"
         checkpointing = "on" if self.setup.checkpointing else "off"
         # In GB, all parts of a tiny model would be 0.00.
-        unit = "GB" if self.peak >= 1e9 else "MB"
-        sizes = {name: getattr(self, name) for name in self._fields[2:]}
-        sizes = {name: f"{size / 1e9:.2f}" if unit == "GB" else f"{size / 1e6:.0f}" for name, size in sizes.items()}
+        unit, scale = ("GB", 1e9) if self.peak >= 1e9 else ("MB", 1e6)
+        sizes = {name: f"{getattr(self, name) / scale:.2f}" for name in self._fields[2:]}
         parts = [f"{name} {sizes[name]}" for name in self._fields[2:9]]
         return [
             f"Memory plan: {method}, micro-batches of {self.setup.tokens} tokens, gradient checkpointing "

@@ -324,7 +324,7 @@ def test_a_training_prints_what_it_will_take_and_what_it_took(ready, warm):
     predicted, measured = map(float, sizes)
     assert plans[0].endswith(f": peak {predicted:.2f} GB") and measured > 0.2
     size = sum(tensor.numel() for tensor in load_file(ready / "llama3_summarization" / "model.safetensors").values())
-    weights = f"{4 * size / 1e6:.0f}"  # in MB: in GB it would be 0.00
+    weights = f"{4 * size / 1e6:.2f}"  # in MB: in GB it would be 0.00
     assert plans[1].startswith(f"Memory plan: weights {weights}, gradients {weights}, ") and plans[1].endswith(" MB")
 
 
