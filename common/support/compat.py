@@ -69,7 +69,7 @@ def meta_device():
         return device
     from accelerate import init_empty_weights
 
-    return init_empty_weights()
+    return init_empty_weights(include_buffers=True)  # tables of positions can be larger than weights
 
 
 def use_deterministic_algorithms() -> None:
