@@ -10,7 +10,7 @@ import csv
 import json
 import platform
 import re
-from io import StringIO
+from io import BytesIO, StringIO
 from itertools import islice
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Tuple
@@ -164,17 +164,17 @@ def _files_of_split(folder: Path, split: str, names: List[str]) -> List[str]:
 def _lines(path: Path) -> Iterator[str]:
     """The lines of a text file. UserError for the first one that is not UTF-8, if the file is not CP949 as well."""
     encoding = "utf-8-sig"  # Where files were joined, a byte order mark stands in the middle.
-    if _is_cp949(path.read_bytes()):
+    content = path.read_bytes()
+    if _is_cp949(content):
         encoding = "cp949"
         print(f"{path} is not UTF-8 but CP949, which Korean Excel writes: it is read as CP949.")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode(encoding)
-            except UnicodeDecodeError as error:
-                form = "CSV UTF-8, as Excel calls it" if path.suffix.lower() == ".csv" else "UTF-8"
-                place = f"{path}, line {number}"
-                raise UserError(f"{place} is not UTF-8 text ({error.reason}). Save it as {form}.") from None
+    for number, line in enumerate(BytesIO(content), 1):
+        try:
+            yield line.decode(encoding)
+        except UnicodeDecodeError as error:
+            form = "CSV UTF-8, as Excel calls it" if path.suffix.lower() == ".csv" else "UTF-8"
+            place = f"{path}, line {number}"
+            raise UserError(f"{place} is not UTF-8 text ({error.reason}). Save it as {form}.") from None
 
 
 def _is_cp949(content: bytes) -> bool:

@@ -119,27 +119,6 @@ def _write_card(model: nn.Module, directory: Path, save_dir: str, base: str, run
         print(f"The model card was not written: {short_message(error)}")
 
 
-# ------------------------------------------------------------------------------------------------ weights
-
-
-class Weight(NamedTuple):
-    """A tensor of the model, whole or in shards, and the type in which it is saved."""
-
-    tensor: torch.Tensor
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return self.tensor.numel() * bytes_of(self.dtype)
-
-    def gather(self) -> torch.Tensor:
-        """The whole tensor on the CPU of rank 0, an empty one on other ranks. All ranks must call it."""
-        tensor = self.tensor.detach()
-        if hasattr(tensor, "full_tensor"):
-            tensor = tensor.full_tensor()
-        return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
-
-
 def check_opens(directory: Path, model: nn.Module, can_ask: bool) -> None:
     """UserError unless plain transformers (and peft) opens the model and the tokenizer in `directory`.
 
@@ -169,6 +148,27 @@ def check_opens(directory: Path, model: nn.Module, can_ask: bool) -> None:
         expected = logits_of(model, probe_ids(model, 12))
         difference = largest_difference(logits_of(opened, probe_ids(opened, 12)), expected)
         require_saved(difference < 0.01, f"their logits differ by {difference:.0%} of the largest one")
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+class Weight(NamedTuple):
+    """A tensor of the model, whole or in shards, and the type in which it is saved."""
+
+    tensor: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.numel() * bytes_of(self.dtype)
+
+    def gather(self) -> torch.Tensor:
+        """The whole tensor on the CPU of rank 0, an empty one on other ranks. All ranks must call it."""
+        tensor = self.tensor.detach()
+        if hasattr(tensor, "full_tensor"):
+            tensor = tensor.full_tensor()
+        return tensor.to("cpu", self.dtype).contiguous() if distributed.is_main_process() else torch.empty(0)
 
 
 def write_weights(model: nn.Module, directory: Path, weight_format: Optional[WeightFormat]) -> None:

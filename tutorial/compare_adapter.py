@@ -27,7 +27,7 @@ def main():
     require_adapter(args.model_name_or_path)
 
     # Imported here, so that --help and a mistyped option are answered at once.
-    from common.dataset_file import held_out_prompts, load_dataset, stop_token_ids
+    from common.dataset_file import held_out_prompts, load_dataset
     from common.device import start_device
     from common.tokenization import load_tokenizer
     from common.train_log import print_answers, with_progress
@@ -45,7 +45,7 @@ def main():
         print(f"The adapter may have learned these rows of {args.dataset_name_or_path} from another file.")
 
     def ask(model, name):
-        parts = generate_in_batches(model, tokenizer, prompts, args, stop_token_ids(dataset["meta"], tokenizer))
+        parts = generate_in_batches(model, tokenizer, prompts, args, dataset["meta"]["end_tokens"])
         return [answer.text.strip() for part in with_progress(parts, len, name, len(prompts)) for answer in part]
 
     # The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).

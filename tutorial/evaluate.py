@@ -183,13 +183,11 @@ def ask_both(args, device, rows: Rows):
 
 def ask(model, args, device, rows: Rows, when: str):
     """The perplexity of a model, and its answers to all rows: (text, whether it ended by itself) each."""
-    from common.dataset_file import stop_token_ids
     from common.train_log import with_progress
     from model.generate import generate_in_batches, perplexity
 
     mean_perplexity = perplexity(model, rows.batches, len(rows.prompts), device)
-    ends = stop_token_ids(rows.meta, rows.tokenizer)
-    parts = generate_in_batches(model, rows.tokenizer, rows.prompts, args, ends)
+    parts = generate_in_batches(model, rows.tokenizer, rows.prompts, args, rows.meta["end_tokens"])
     parts = with_progress(parts, len, when, len(rows.prompts))
     return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 

@@ -40,7 +40,7 @@ def main():
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)
     template = get_chat_template(tokenizer)  # the tokenizer's own, as in the training
-    ends = [template.end_of_turn(), tokenizer.eos_token_id]
+    ends = [template.end_of_turn()]
     prompts = questions.encode(tokenizer, args, template)
     model = load_model(args.model_name_or_path, device.torch_device, device.dtype, args.bits)
     if args.save_path or args.prompt or not (sys.stdin and sys.stdin.isatty()):
