@@ -11,18 +11,17 @@ PY = .venv/bin/python
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
 	@$(MAKE) --no-print-directory smollm2_demo_dataset.pt
-	$(PY) tutorial/inference_smollm2.py --model-name-or-path ./smollm2-135m --max-new-tokens 100
 	@$(MAKE) --no-print-directory smollm2_demo/model.safetensors
-	$(PY) tutorial/inference_smollm2.py --model-name-or-path ./smollm2_demo --max-new-tokens 100
-	@echo "Held-out loss before and after the training:"
-	grep held_out_loss smollm2_demo/training_log.jsonl
+	$(PY) tutorial/evaluate.py --model-name-or-path ./smollm2_demo --batch-rows 32 --max-new-tokens 48 --show 5
+	@echo "Now ask it yourself:"
+	@echo '$(PY) tutorial/inference_smollm2.py --model-name-or-path ./smollm2_demo --prompt "6월 6일"'
 
-# the page's training, with half as many rows a step, half as long, half the learning rate, and few tokens at once: six
-# minutes and 3.5 GB on two cores without bfloat16. A second `make demo` reuses both files, unless the model is newer
+# the page's training in little: short phrases of fewer kinds. A second `make demo` reuses both files, unless the model is
+# newer
 smollm2_demo_dataset.pt: smollm2-135m/model.safetensors
-	$(PY) dataset/prepare_smollm2_dataset.py --block-size 256 --save-path ./smollm2_demo_dataset.pt
+	$(PY) dataset/prepare_smollm2_dataset.py --dataset-name-or-path korean-number-phrases --block-size 64 --save-path ./smollm2_demo_dataset.pt
 smollm2_demo/model.safetensors: smollm2_demo_dataset.pt
-	$(PY) tutorial/train_smollm2.py --dataset-name-or-path ./smollm2_demo_dataset.pt --save-dir ./smollm2_demo --block-size 256 --batch-size 8 --micro-batch-tokens 256 --max-train-steps 16 --lr 1e-4 --eval-rows 32
+	$(PY) tutorial/train_smollm2.py --dataset-name-or-path ./smollm2_demo_dataset.pt --save-dir ./smollm2_demo --block-size 64 --max-train-steps 40 --lr 1e-3 --eval-rows 0
 
 test: .venv/test
 	.venv/bin/ruff check .
@@ -76,9 +75,12 @@ test-stack: .venv-$(STACK)/made .venv/test
 	.venv-$*/bin/python -m pip install --quiet -r requirements/requirements_llama2.txt gguf num2words pytest pytest-xdist -c requirements/constraints_$*.txt
 	touch $@
 
+# Without a GPU's tools: PyTorch's own CPU build, where its index answers, because the usual one brings gigabytes of CUDA.
 # --no-compile: Python compiles what is imported, not all that is installed: 24 s in place of 42
+CPU_TORCH = pip install --quiet --no-compile --no-deps --timeout 5 --retries 0 torch -c requirements/constraints.txt --index-url https://download.pytorch.org/whl/cpu
 .venv/%: $(wildcard requirements/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'
 	$(PYTHON) -m venv .venv
+	command -v nvidia-smi rocm-smi || $(PY) -m $(CPU_TORCH) || echo "The index of CPU builds does not answer: installing the usual PyTorch."
 	$(PY) -m pip install --quiet --no-compile -r requirements/requirements_$(subst demo,smollm2,$*).txt -c requirements/constraints.txt
 	touch $@

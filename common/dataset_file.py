@@ -8,6 +8,7 @@
         "measure": what tutorial/evaluate.py measures of the answers, "code", "summary" or "text",
         "block_size": tokens of a row at most, "counts": {"train": {"rows": ...}, "validation": {...}},
         "end_tokens": ids with which answers end, first the usual one,
+        "kinds": ["money", "date", ...]  # of the held-out rows, if the data has a column "kind"
         "sha256": {"train": {"input_ids": ...}, ...}, ...
     },
     "train": {
@@ -69,6 +70,7 @@ class SplitWriter:
         self.mask_file = open(self.mask_path, "wb")
         self.lengths = array("i")
         self.end_tokens: Set[int] = set()  # with which the answers end
+        self.kinds: List[str] = []  # of each row, "" where it has none
 
     def __enter__(self) -> SplitWriter:
         return self
@@ -77,11 +79,12 @@ class SplitWriter:
         self.ids_file.close()
         self.mask_file.close()
 
-    def add(self, row: Encoded) -> None:
+    def add(self, row: Encoded, kind: str) -> None:
         self.ids_file.write(struct.pack(f"{len(row.ids)}i", *row.ids))
         self.mask_file.write(row.mask)
         self.lengths.append(len(row.ids))
         self.end_tokens |= last_ids(row.ids, row.mask)
+        self.kinds.append(kind)
 
     def tensors(self) -> Dict[str, torch.Tensor]:
         """The split. Its large tensors are mapped from the closed scratch files, not read into memory."""

@@ -79,6 +79,8 @@ def prepare_dataset(splits: Dict[str, Iterable[dict]], source: Source, template:
             meta["counts"][name] = dict(counts)
             tensors[name] = writer.tensors()
             meta["end_tokens"] += sorted(writer.end_tokens.difference(meta["end_tokens"]))
+            if name == "validation" and any(writer.kinds):
+                meta["kinds"] = writer.kinds
         report(meta, encoder)
         print("Saving dataset into torch format...")
         save_dataset(new, meta, tensors)
@@ -111,6 +113,7 @@ class EncodedRow(NamedTuple):
 
     encoded: List[Encoded]  # its rows in the dataset file, none if it is dropped
     control_token: str = ""  # if it is dropped because of one in its text: "my.jsonl, line 12: <|im_end|>"
+    kind: str = ""  # its cell in a column "kind", by which tutorial/evaluate.py sorts the answers
 
 
 class RowEncoder:
@@ -137,9 +140,12 @@ class RowEncoder:
         made = [apply_template(self.template, row) for row in rows]
         for row in rows:
             self.unused.update(dict.fromkeys(unused_columns(self.template, row)))
+        self.unused.pop("kind", None)
         if self.is_chat:
-            return [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
-        return self._encode_examples(rows, made)
+            encoded = [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
+        else:
+            encoded = self._encode_examples(rows, made)
+        return [one._replace(kind=to_text(row.get("kind"))) for row, one in zip(rows, encoded)]
 
     def _note_decomposed(self, row: dict, texts: List[str]) -> None:
         if any(not is_normalized("NFC", text) and len(normalize("NFC", text)) < len(text) for text in texts):
@@ -204,7 +210,7 @@ def write_rows(name: str, rows: Iterable[dict], encoder: RowEncoder, writer: Spl
             if encoder.is_chat:
                 counts["conversations"] += bool(row.encoded)
             for one in row.encoded:
-                writer.add(one)
+                writer.add(one, row.kind)
                 counts["rows"] += 1
                 counts["tokens"] += len(one.ids)
                 counts["prompts cut"] += one.prompt_truncated

@@ -1,9 +1,9 @@
-"""Prepare the functions of Python's standard library (docstrings and their code) for SmolLM2 135M.
+"""Prepare Korean sentences with numbers, and how they are read aloud, for SmolLM2 135M.
 
     python dataset/prepare_smollm2_dataset.py
-    python dataset/prepare_smollm2_dataset.py --dataset-name-or-path dataset/samples/python_code_instructions_18k_alpaca
+    python dataset/prepare_smollm2_dataset.py --dataset-name-or-path standard-library
 
-Your own file or folder goes the same way, with the columns of alpaca() in dataset/templates.py.
+Your own file or folder goes the same way, with the columns of short_alpaca() in dataset/templates.py.
 """
 
 import sys
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and data
 
 from common.support.cli import prepare_arguments
 from common.support.exit import run
-from dataset.templates import alpaca
+from dataset.templates import short_alpaca
 
 DOWNLOAD = "Run python tutorial/download_smollm2.py first."
 
@@ -22,7 +22,7 @@ def main():
     args = prepare_arguments(
         __doc__,
         model_name_or_path="./smollm2-135m",
-        dataset_name_or_path="standard-library",
+        dataset_name_or_path="korean-numbers",
         block_size=512,
         save_path="./smollm2_dataset.pt",
     )
@@ -35,7 +35,7 @@ def main():
     tokenizer = load_tokenizer(args.model_name_or_path, args.block_size, hint=DOWNLOAD)
     splits, source = load_splits(args.dataset_name_or_path)
     print("Preprocessing dataset...")
-    prepare_dataset(splits, source, alpaca, tokenizer, args)
+    prepare_dataset(splits, source, short_alpaca, tokenizer, args)
 
 
 if __name__ == "__main__":

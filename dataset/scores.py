@@ -97,18 +97,36 @@ def code_block(text: str) -> str:
 
 
 def text(prompts: List[str], references: List[str], answers: List[str]) -> Scores:
-    """Exact match: the answer is the data's, white space apart. chrF: F2 of the letters, and runs of up to six, that
-    all answers together share with the data's."""
+    """Exact match: the answer is the data's, each run of white space taken as one space; without spaces: the letters
+    are the same. chrF: F2 of the letters, and runs of up to six, that all answers together share with the data's."""
     from sacrebleu.metrics import CHRF
 
-    matches = [100.0 * (_plain(reference) == _plain(answer)) for reference, answer in zip(references, answers)]
-    chrf = CHRF().corpus_score(answers, [references]).score
-    return {"Exact match (%)": _mean(matches), "chrF (letters, %)": (chrf, len(answers))}
+    pairs = [(plain(reference), plain(answer)) for reference, answer in zip(references, answers)]
+    same_letters = [reference.replace(" ", "") == answer.replace(" ", "") for reference, answer in pairs]
+    return {
+        "Exact match (%)": _mean([100.0 * (reference == answer) for reference, answer in pairs]),
+        "Exact without spaces (%)": _mean([100.0 * same for same in same_letters]),
+        "chrF (letters, %)": (CHRF().corpus_score(answers, [references]).score, len(answers)),
+    }
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """`text` with composed letters (NFC), its ends stripped, and each run of white space as one space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def exact_by_kind(kinds: List[str], answers: List[dict]) -> Dict[str, dict]:
+    """{kind: {"before": how many answers are exact, "after", "rows" of this kind}}, the worst kind first.
+
+    answers: {"exact": (before, after)} of each row.
+    """
+    table: Dict[str, dict] = {}
+    for kind, answer in zip(kinds, answers):
+        counts = table.setdefault(kind, {"before": 0, "after": 0, "rows": 0})
+        counts["rows"] += 1
+        for when, exact in zip(("before", "after"), answer["exact"]):
+            counts[when] += exact
+    return dict(sorted(table.items(), key=lambda item: item[1]["after"] / item[1]["rows"]))
 
 
 def _mean(values: List[float]) -> Tuple[float, int]:
@@ -129,8 +147,8 @@ def compare_scores(measure: Callable, prompts: List[str], references: List[str],
     """
     table: Dict[str, dict] = {}
     for when, (perplexity, answers) in (("before", before), ("after", after)):
-        scores = {PERPLEXITY: (perplexity, len(answers))}
-        scores.update(measure(prompts, references, [text for text, _ in answers]))
+        scores = measure(prompts, references, [text for text, _ in answers])
+        scores[PERPLEXITY] = (perplexity, len(answers))
         scores[ENDED] = _mean([100.0 * ended for _, ended in answers])
         for name, (score, rows) in scores.items():
             table.setdefault(name, {"rows": rows})[when] = round_number(score)
@@ -149,18 +167,28 @@ def table_rows(table: Dict[str, dict]) -> List[List[str]]:
     ]
 
 
-def draw_table(table: Dict[str, dict], path: Path) -> None:
-    """Draw two bars, before and after, for each measure of the table."""
+def draw_table(table: Dict[str, dict], kinds: Dict[str, dict], path: Path) -> None:
+    """Draw two bars, before and after, for each measure of the table, and below them for each kind of rows."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.4 * len(table), 4))
-    all_axes = figure.subplots(1, len(table), squeeze=False)[0]
+    figure = Figure(figsize=(2.4 * len(table), 7 if kinds else 4), layout="constrained")
+    parts = figure.subfigures(2 if kinds else 1, 1, squeeze=False)[:, 0]
+    all_axes = parts[0].subplots(1, len(table), squeeze=False)[0]
     for axes, (name, values) in zip(all_axes, table.items()):
         heights = [values["before"], values["after"]]
         bars = axes.bar(["before", "after"], heights, color=["tab:gray", "tab:blue"])
         axes.bar_label(bars, [format_score(name, height) for height in heights], padding=2)
         axes.set_title(f"{textwrap.fill(name, 18)}\n{values['rows']} rows", fontsize="medium")
         axes.margins(y=0.12)
-    figure.tight_layout()
+    if kinds:
+        axes = parts[1].subplots()
+        for place, when, colour in ((-0.2, "before", "tab:gray"), (0.2, "after", "tab:blue")):
+            shares = [100.0 * counts[when] / counts["rows"] for counts in kinds.values()]
+            bars = axes.bar([number + place for number in range(len(kinds))], shares, 0.4, color=colour, label=when)
+            axes.bar_label(bars, [f"{counts[when]}/{counts['rows']}" for counts in kinds.values()], padding=2)
+        axes.set_xticks(range(len(kinds)), list(kinds))
+        axes.set_title("Exact answers by kind (%)", fontsize="medium")
+        axes.margins(y=0.12)
+        axes.legend(loc="upper left")
     with atomic_write(path) as new:
         figure.savefig(new, dpi=120)

@@ -18,7 +18,7 @@ from unicodedata import normalize
 
 from common.support.exit import UserError, first_line
 from dataset.columns import join_names
-from dataset.korean_numbers import korean_number_splits
+from dataset.korean_numbers import korean_number_chats, korean_number_phrases, korean_number_splits
 from dataset.standard_library import standard_library_splits
 
 CONFIGS = {"abisee/cnn_dailymail": "3.0.0"}  # the version of a hub dataset that comes in several
@@ -27,6 +27,14 @@ MEASURES = {  # how tutorial/evaluate.py judges the answers of these; those of o
     "Evol-Instruct-Python-26k": "code",
     "standard-library": "code",
     "cnn_dailymail": "summary",
+}
+# Rows that are made on the spot: {name: (what run.json calls them, the function)}.
+KOREAN_NUMBERS = "Korean numbers, made by dataset/korean_numbers.py"
+MADE_HERE = {
+    "standard-library": (f"the standard library of Python {platform.python_version()}", standard_library_splits),
+    "korean-numbers": (KOREAN_NUMBERS, korean_number_splits),
+    "korean-number-phrases": (KOREAN_NUMBERS, korean_number_phrases),
+    "korean-number-chats": (KOREAN_NUMBERS, korean_number_chats),
 }
 HOLD_OUT_EVERY = 20  # without a validation split, every 20th row is held out,
 HOLD_OUT_AT_MOST = 256  # up to this many
@@ -61,8 +69,7 @@ class Source(NamedTuple):
 
 
 def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
-    """{"train": rows, "validation": rows} of a file, a folder, a hub id, "standard-library" or "korean-numbers"; and
-    their source.
+    """{"train": rows, "validation": rows} of a file, a folder, a hub id or a name in MADE_HERE; and their source.
 
     The rows of a split can be iterated several times. Without a validation split, rows of train are held out.
     UserError if there is no such file or dataset, if it has no rows, or if a row cannot be read.
@@ -71,12 +78,10 @@ def load_splits(name_or_path: str) -> Tuple[Dict[str, Iterable[dict]], Source]:
     forms = [Path(name_or_path), Path(normalize("NFC", name_or_path)), Path(normalize("NFD", name_or_path))]
     path = next((form for form in forms if form.exists()), forms[0])
     may_be_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name_or_path)
-    if name_or_path == "standard-library":
-        source = Source(f"the standard library of Python {platform.python_version()}")
-        splits = standard_library_splits()
-    elif name_or_path == "korean-numbers":
-        source = Source("Korean numbers, made by dataset/korean_numbers.py")
-        splits = korean_number_splits()
+    if name_or_path in MADE_HERE:
+        description, make = MADE_HERE[name_or_path]
+        source = Source(description)
+        splits = make()
     elif path.is_dir():
         source = Source(name_or_path, _card_of_folder(path))
         splits = _read_folder(path)

@@ -36,7 +36,7 @@ summarization.jinja = r"""
 
 
 def alpaca(row: dict) -> Example:
-    """iamtarun/python_code_instructions_18k_alpaca and the standard library's functions: Alpaca's blocks -> code."""
+    """iamtarun/python_code_instructions_18k_alpaca: Alpaca's blocks -> Python code."""
     return Example(
         ["### Instruction:\n", row["instruction"], "\n\n### Input:\n", row.get("input", ""), "\n\n### Output:\n"],
         row["output"],
@@ -46,6 +46,20 @@ def alpaca(row: dict) -> Example:
 alpaca.jinja = r"""
 {%- set before = "### Instruction:\n" %}
 {%- set after = "\n\n### Input:\n\n\n### Output:\n" %}
+"""
+
+
+def short_alpaca(row: dict) -> Example:
+    """Sentences with numbers, and any instruction and output: Alpaca's blocks, ### Input: only where a row has one."""
+    prompt = ["### Instruction:\n", row["instruction"]]
+    if row.get("input"):
+        prompt += ["\n\n### Input:\n", row["input"]]
+    return Example([*prompt, "\n\n### Output:\n"], row["output"])
+
+
+short_alpaca.jinja = r"""
+{%- set before = "### Instruction:\n" %}
+{%- set after = "\n\n### Output:\n" %}
 """
 
 

@@ -5,7 +5,7 @@
 Three results of the real SmolLM2 135M, made by the commands of the pages in ./smollm2_export, where a second run finds
 them (`rm -r smollm2_export` begins anew):
 
-    code      ./smollm2_demo, the result of `make demo`: all weights, blocks
+    numbers   ./smollm2_demo, the result of `make demo`: all weights, blocks
     korean    llama3_1.md's: LoRA on Korean blocks, merged by merge_adapter.py
     chat      qwen3.md's: LoRA on Korean conversations, merged, asked by the chat template of SmolLM2 itself
 
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
 
 RESULTS = {
-    "code": Result("smollm2", "python_code_instructions_18k_alpaca", adapter=False),
+    "numbers": Result("smollm2", "korean-number-phrases", adapter=False),
     "korean": Result("llama3_1", "korean_safe_conversation"),
     "chat": Result("qwen3", "korean_conversations"),
 }
@@ -85,9 +85,12 @@ def trained(name: str, result: Result) -> Path:
 
 
 def questions_of(result: Result) -> List[List[dict]]:
-    """The first questions of the samples' held-out rows, each as the messages of a chat."""
-    path = ROOT / "dataset" / "samples" / result.samples / "validation.jsonl"
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:QUESTIONS]]
+    """The first questions of the held-out rows, each as the messages of a chat."""
+    from dataset.sources import load_splits
+
+    path = ROOT / "dataset" / "samples" / result.samples
+    splits, _ = load_splits(str(path) if path.is_dir() else result.samples)
+    rows = list(splits["validation"])[:QUESTIONS]
     # a chat has no input: blocks ask the instruction alone
     return [row["messages"][:-1] if "messages" in row else [user(row["instruction"])] for row in rows]
 

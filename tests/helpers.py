@@ -147,7 +147,7 @@ def encode_rows(rows, template, tokenizer, block_size):
     from dataset.prepare import RowEncoder, write_rows
 
     encoded = []
-    writer = SimpleNamespace(add=encoded.append)
+    writer = SimpleNamespace(add=lambda row, kind: encoded.append(row))
     counts = write_rows("train", rows, RowEncoder(template, tokenizer, block_size, {}), writer)
     return [(one.ids, one.mask.index(1)) for one in encoded], dict(counts)
 

@@ -98,7 +98,7 @@ def test_rows_that_have_what_the_template_asks_for_stay_questions_and_answers(re
     for name in ("with", "without"):
         warm(f"{PREPARE} --dataset-name-or-path {name}.jsonl", cwd=ready)
         made.append(torch.load(ready / "new.pt")["meta"])
-    assert made[0]["sha256"] == made[1]["sha256"] and made[0]["template"] == "alpaca"
+    assert made[0]["sha256"] == made[1]["sha256"] and made[0]["template"] == "short_alpaca"
     assert "conversations" not in made[0]["counts"]["train"]
 
 

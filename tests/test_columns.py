@@ -14,7 +14,7 @@ from common.tokenization import Example
 from dataset.columns import apply_template, rename_columns, require_asked
 from dataset.prepare import RowEncoder
 from dataset.sources import Part, Row, read_rows
-from dataset.templates import alpaca, instruction, korean_alpaca, summarization
+from dataset.templates import alpaca, instruction, korean_alpaca, short_alpaca, summarization
 from tests.helpers import KINDS, contents, encode_rows, tells
 
 ALPACA = "python dataset/prepare_smollm2_dataset.py --model-name-or-path ./llama3-8b --save-path new.pt"
@@ -76,6 +76,7 @@ def unsteady(row):
     [
         (alpaca, ["instruction", "input", "output"]),
         (korean_alpaca, ["instruction", "input", "output"]),
+        (short_alpaca, ["instruction", "input", "output"]),
         (instruction, ["instruction", "output"]),
         (summarization, ["article", "highlights"]),
         (by_kind, ["kind", "question", "text", "answer"]),

@@ -119,7 +119,7 @@ def test_rows_are_read_a_chunk_at_a_time(prepared):
             read += 1
             yield {"instruction": "a", "output": "b"}
 
-    def add(row):
+    def add(row, kind):
         nonlocal written, ahead
         ahead = max(ahead, read - written)
         written += 1

@@ -28,7 +28,7 @@ ROUGE = [f"ROUGE-{n} (F1, %)" for n in "12L"]
 CODE = ["Parses (%)", "Defines what was asked (%)"]
 PERPLEXITY, ENDED = "Perplexity (lower is better)", "Ends by itself (%)"
 CHRF = "chrF (letters, %)"
-TEXT = ["Exact match (%)", CHRF]
+TEXT = ["Exact match (%)", "Exact without spaces (%)", CHRF]
 
 # ------------------------------------------------------------------------------------------------ code
 
@@ -187,19 +187,21 @@ def test_chrf_is_over_all_answers_together():
 
 
 @pytest.mark.parametrize(
-    "answer, matches",
+    "answer, matches, letters",
     [
-        ("비가 와요.", True),
-        ("  비가\n\n와요.\u3000", True),
-        (unicodedata.normalize("NFD", "비가 와요."), True),
-        ("비가와요.", False),
-        ("비가 와요", False),
-        ("", False),
+        ("비가 와요.", True, True),
+        ("  비가\n\n와요.\u3000", True, True),
+        (unicodedata.normalize("NFD", "비가 와요."), True, True),
+        ("비가와요.", False, True),
+        (unicodedata.normalize("NFD", "비 가 와 요."), False, True),
+        ("비가 와요", False, False),
+        ("", False, False),
     ],
 )
-def test_exact_match(answer, matches):
+def test_exact_match(answer, matches, letters):
     pytest.importorskip("sacrebleu")
-    assert text(["", ""], ["비가 와요.", "a"], [answer, "A"])[TEXT[0]] == (50.0 * matches, 2)
+    found = text(["", ""], ["비가 와요.", "a"], [answer, "A"])
+    assert [found[name] for name in TEXT[:2]] == [(50.0 * matches, 2), (50.0 * letters, 2)]
 
 
 # ------------------------------------------------------------------------------------------------ answers
@@ -251,7 +253,7 @@ def check(done, folder, saved, names, dataset):
     """The table, the file and the picture of an evaluation, and its perplexity by the training's own log."""
     report = json.loads((folder / saved / "evaluation.json").read_text(encoding="utf-8"))
     measures = report["measures"]
-    assert list(measures) == [PERPLEXITY, *names]
+    assert list(measures) == [*names, PERPLEXITY, ENDED]
     before, *_, after = held_out_losses(folder / saved)
     found = measures[PERPLEXITY]
     # the training has its weights in float32, the answers are made in 16 bit where the device has them
@@ -279,10 +281,9 @@ def check(done, folder, saved, names, dataset):
     for place, when in enumerate(("before", "after")):
         ended = [answers["ended"][place] for answers in report["answers"]]
         assert 100 * sum(ended) / 4 == measures[ENDED][when]
-    # the first two side by side
-    assert done.stdout.count("Answer in the data") == 2
-    shown = [answers["prompt"].split()[2] in done.stdout for answers in report["answers"][:2]]
-    assert shown == [True, True]
+    # all four side by side; of one line, with a word that says whether the answer is right
+    assert done.stdout.count("Answer in the data") == 4
+    assert [answers["prompt"].split()[2] in done.stdout for answers in report["answers"]] == [True] * 4
     return report
 
 
@@ -292,7 +293,7 @@ def test_summaries(ready, warm):
     command, saved = f"{EVALUATE} --model-name-or-path ./llama3_summarization", ready / "llama3_summarization"
     made = contents(ready)
     done = warm(command, cwd=ready)
-    report = check(done, ready, "./llama3_summarization", [*ROUGE, ENDED], "llama3_dataset.pt")
+    report = check(done, ready, "./llama3_summarization", ROUGE, "llama3_dataset.pt")
     new = {path: hash for path, hash in contents(ready).items() if made.get(path) != hash}
     assert set(new) == {f"llama3_summarization/evaluation.{kind}" for kind in ("json", "png")}
 
@@ -310,8 +311,35 @@ def test_code(folder, warm):
     warm(f"python dataset/prepare_smollm2_dataset.py --dataset-name-or-path {sample}", cwd=folder)
     warm(f"python tutorial/train_smollm2.py {TRAIN}", cwd=folder)
     done = warm(EVALUATE, cwd=folder)
-    report = check(done, folder, "./smollm2_code_generation", [*CODE, ENDED], "smollm2_dataset.pt")
+    report = check(done, folder, "./smollm2_korean_numbers", CODE, "smollm2_dataset.pt")
     assert report["measures"][CODE[1]]["rows"] == 3  # the third is a script, without a function
+
+
+def test_kinds_of_rows(folder, warm):
+    """A column `kind` goes into the dataset file, and the exact answers are counted by it; wrong answers come first."""
+    pytest.importorskip("sacrebleu")
+    warm("python tutorial/download_smollm2.py --tiny", cwd=folder)
+    kinds = ["", "odd"] * 20
+    rows = [{"instruction": f"{number}번", "output": "삼 번", "kind": kind} for number, kind in enumerate(kinds)]
+    (folder / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = warm("python dataset/prepare_smollm2_dataset.py --dataset-name-or-path mine.jsonl", cwd=folder)
+    assert "Columns not used" not in done.stdout
+    assert torch.load(folder / "smollm2_dataset.pt")["meta"]["kinds"] == ["odd", "odd"]  # of rows 20 and 40
+    warm("python tutorial/train_smollm2.py --epochs 12 --lr 1e-2 --eval-rows 2", cwd=folder)  # all answers are the same
+    done = warm(f"{EVALUATE} --rows 2", cwd=folder)
+    report = json.loads((folder / "smollm2_korean_numbers" / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["kinds"] == {"odd": {"before": 0, "after": 2, "rows": 2}}
+    assert re.search(r"(?m)^Exact by kind +Before +After +Rows\n-+\nodd +0 +2 +2$", done.stdout)
+    assert re.search(r"(?m)^right +19번\nBefore +.*\nAfter +삼 번\nAnswer in the data +삼 번$", done.stdout)
+
+    rows = [{"instruction": f"{number}번", "output": "사 번", "kind": "other"} for number in range(20)]
+    rows[3]["output"] = "삼 번"
+    for name, part in (("train", rows), ("validation", rows[:6])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)), encoding="utf-8")
+    warm("python dataset/prepare_smollm2_dataset.py --dataset-name-or-path . --save-path other.pt", cwd=folder)
+    done = warm(f"{EVALUATE} --dataset-name-or-path ./other.pt --save-dir . --show 3", cwd=folder)
+    assert re.findall(r"(?m)^(right|WRONG) +(\d)번$", done.stdout) == [("WRONG", "0"), ("WRONG", "1"), ("right", "3")]
+    assert json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["kinds"]["other"]["after"] == 1
 
 
 def test_an_adapter_on_korean(ready, warm):
@@ -323,7 +351,7 @@ def test_an_adapter_on_korean(ready, warm):
     warm(f"python dataset/prepare_llama3_1_dataset.py {model} --dataset-name-or-path {sample}", cwd=ready)
     warm(f"python tutorial/train_llama3_1.py {model} {TRAIN} --no-quantization", cwd=ready)
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean", cwd=ready)
-    check(done, ready, "./llama3_1_korean", [*TEXT, ENDED], "llama3_1_dataset.pt")
+    check(done, ready, "./llama3_1_korean", TEXT, "llama3_1_dataset.pt")
     done = warm(f"{EVALUATE} --model-name-or-path ./llama3_1_korean --show 0", cwd=ready)
     assert "Answer in the data" not in done.stdout
 
@@ -334,8 +362,8 @@ def test_another_measure_and_other_rows(trained, warm):
     command = f"{EVALUATE} --model-name-or-path ./trained --measure text"
     lines = warm(command, cwd=trained).stdout.splitlines()
     report = json.loads((trained / "trained" / "evaluation.json").read_text(encoding="utf-8"))
-    assert list(report["measures"]) == [PERPLEXITY, *TEXT, ENDED]
-    assert lines.index("./trained, held-out rows of ./llama3_dataset.pt:") == len(lines) - 8  # the answers stand above
+    assert list(report["measures"]) == [*TEXT, PERPLEXITY, ENDED]
+    assert lines.index("./trained, held-out rows of ./llama3_dataset.pt:") == len(lines) - 9  # the answers stand above
     earlier = {"options": {}, "dataset": {"sha256": "of another file"}}  # of a training in two stages
     (trained / "llama3-8b" / "run.json").write_text(json.dumps(earlier), encoding="utf-8")
     learned = "./trained, rows of ./llama3_dataset.pt (which it may have learned from another file):"

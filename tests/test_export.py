@@ -7,7 +7,7 @@ import re
 import pytest
 
 from common.tokenization import encode_prompt
-from dataset.templates import alpaca, jinja_template, korean_alpaca
+from dataset.templates import jinja_template, korean_alpaca, short_alpaca
 from tests import export_check
 from tests.conftest import ROOT
 from tests.export_check import Answer, compared, questions_of
@@ -125,7 +125,7 @@ def written(template, values):
     return text
 
 
-BLOCKS = [("Modelfile", "smollm2", alpaca), ("Modelfile.korean", "llama3_1", korean_alpaca)]
+BLOCKS = [("Modelfile", "smollm2", short_alpaca), ("Modelfile.korean", "llama3_1", korean_alpaca)]
 
 
 @pytest.mark.parametrize(("name", "kind", "template"), BLOCKS, ids=lambda value: getattr(value, "__name__", value))

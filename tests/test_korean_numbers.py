@@ -11,11 +11,14 @@ from dataset.korean_numbers import (
     HELD_OUT,
     NUMBERS,
     PHRASES,
+    REQUEST,
     TRAINING,
     clock,
     date,
     decimal,
     fill,
+    korean_number_chats,
+    korean_number_phrases,
     korean_number_splits,
     native,
     sino,
@@ -124,7 +127,7 @@ def test_the_rows_are_the_same_each_time_and_the_held_out_sentences_are_new():
     splits = korean_number_splits()
     assert splits == korean_number_splits() and splits != korean_number_splits(seed=1)
     train, held_out = splits["train"], splits["validation"]
-    assert len(train) == 3000 and len(held_out) >= 200
+    assert len(train) == 3840 and len(held_out) == 256
     texts = [row["instruction"] for row in train + held_out]
     assert len(set(texts)) == len(texts)
     assert {row["kind"] for row in train} == {row["kind"] for row in held_out} == set(HELD_OUT)
@@ -132,3 +135,26 @@ def test_the_rows_are_the_same_each_time_and_the_held_out_sentences_are_new():
     assert not any(letter.isdigit() for row in train + held_out for letter in row["output"])
     trained = {sentence for sentences in (TRAINING, PHRASES) for group in sentences.values() for sentence in group}
     assert not trained & {sentence for group in HELD_OUT.values() for sentence in group}
+
+
+def test_the_demo_has_short_rows_and_other_ones_held_out():
+    splits = korean_number_phrases()
+    assert splits == korean_number_phrases()
+    train, held_out = ({row["instruction"] for row in splits[name]} for name in ("train", "validation"))
+    assert (len(splits["train"]), len(held_out)) == (800, 64) and not train & held_out
+    for rows in splits.values():
+        assert {row["kind"] for row in rows} == {"date", "floors", "percent", "minutes", "months"}
+    assert max(map(len, train)) < 16
+
+
+def test_conversations_are_made_of_the_same_rows():
+    splits, chats = korean_number_splits(), korean_number_chats()
+    for name, turns in (("train", 4), ("validation", 1)):
+        assert {len(row["messages"]) for row in chats[name]} == {2 * turns}
+        messages = [message for row in chats[name] for message in row["messages"]]
+        questions = [message["content"].replace(f"{REQUEST} ", "") for message in messages if message["role"] == "user"]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert questions == [row["instruction"] for row in splits[name]]
+        assert answers == [row["output"] for row in splits[name]]
+        firsts = [row["messages"][0]["content"] for row in chats[name]]
+        assert all(first.startswith(f"{REQUEST} ") for first in firsts)

@@ -17,6 +17,7 @@ from dataset.columns import apply_template
 from dataset.sources import HubRows, load_splits, read_rows
 from dataset.templates import alpaca, instruction, korean_alpaca
 from model.tiny import write_tiny
+from tests.conftest import ROOT
 from tests.helpers import PREPARE, contents, encode_rows, refusal, tells
 
 BOM = "\ufeff"
@@ -296,6 +297,18 @@ def test_a_file_of_korean_excel_is_read_and_said(answers, capsys):
     assert answers("mine.jsonl", lines_of('"한국어"').encode("cp949")) == (["한국어"], 0)
     capsys.readouterr()
     assert answers("mine.csv", data) == (["한국어 똠방각하", "plain"], 0) and "CP949" not in capsys.readouterr().out
+
+
+def test_the_cafe_sheet_is_the_same_as_excel_saves_it(tmp_path):
+    """Commas, quotes and line breaks in its cells; in UTF-8, and in CP949 as a Korean Excel's plain CSV."""
+    sheet = ROOT / "dataset" / "samples" / "cafe_questions.csv"
+    (tmp_path / "excel.csv").write_bytes(sheet.read_text(encoding="utf-8").encode("cp949"))
+    rows = [dict(row) for row in read_rows(sheet)]
+    assert [dict(row) for row in read_rows(tmp_path / "excel.csv")] == rows
+    assert len(rows) == 60 and all(row["질문"] and row["답변"] for row in rows)
+    answers = {row["질문"]: row["답변"] for row in rows}
+    assert answers["원두를 살 수 있나요?"] == "네, 200그램에 14,000원입니다.\n분쇄는 무료입니다."
+    assert answers["케이크에 글씨를 써 주나요?"].endswith('"생일 축하해"')
 
 
 def test_csv_as_programs_write_it(answers):

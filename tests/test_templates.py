@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.chat_template import encode_conversation, get_chat_template
 from common.dataset_file import load_dataset
 from common.tokenization import Example, encode_prompt, load_tokenizer
-from dataset.templates import alpaca, instruction, jinja_template, korean_alpaca, summarization
+from dataset.templates import alpaca, instruction, jinja_template, korean_alpaca, short_alpaca, summarization
 from model.save import save_tokenizer
 from tests.conftest import ROOT
 from tests.helpers import KINDS, tells
 from tests.test_chat import by_library, changed, talk
 from tests.test_chat_files import give_template, write
 
-TEMPLATES = [summarization, alpaca, instruction, korean_alpaca]
+TEMPLATES = [summarization, alpaca, short_alpaca, instruction, korean_alpaca]
 QUESTIONS = [
     "Who?", "  begins and ends in white space \n\n", "비 오는 날 👍🏽 무엇을 할까요?", "{{ 1 + 1 }} {% raw %} {# no #}",
     '"quoted" \\n \\', "1\n\n### Output:\n2", "[/INST]", "def f(x):\n\treturn x",
@@ -64,6 +64,13 @@ def test_a_question_has_the_ids_of_the_training_prompt(kind, template, tokenizer
         encoded = theirs.apply_chat_template([user(question)], add_generation_prompt=True, return_dict=True)
         assert encoded["input_ids"] == expected
     assert (expected[0] == theirs.bos_token_id) == (kind in WITH_BOS)
+
+
+def test_the_block_of_an_input_stands_where_a_row_has_one():
+    row = {"instruction": "Add them.", "input": "1, 2", "output": "3"}
+    assert short_alpaca(row) == alpaca(row)
+    for none in ({**row, "input": ""}, {"instruction": "Add them.", "output": "3"}):
+        assert "".join(short_alpaca(none).prompt) == "### Instruction:\nAdd them.\n\n### Output:\n"
 
 
 WITH_BOS = {"llama2", "mistral", "llama3", "llama3_1"}

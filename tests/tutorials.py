@@ -194,22 +194,21 @@ PAGES = {
         train="train_smollm2.py",
         steps=4,
         logged=(1, 2, 3, 4),
-        save_dir="./smollm2_code_generation",
+        save_dir="./smollm2_korean_numbers",
         log_interval=1,
         larger="train_smollm2.py",
         batch_size=16,
         inference="inference_smollm2.py",
-        frame=ALPACA,
-        question="Return the sum of the squares",
-        template="alpaca",
+        frame=("### Instruction:\n", "\n\n### Output:\n"),
+        question="3번 출구에서",
+        template="short_alpaca",
     ),
 }
 
 
-def readme_tables(section="3"):
-    """The tables of a section of the README, each a list of rows, {heading: cell}."""
-    text = re.split(r"(?m)^## ", (ROOT / "README.md").read_text(encoding="utf-8"))
-    (text,) = (part for part in text if part.startswith(f"{section}. "))
+def page_tables(page):
+    """The tables of a page, each a list of rows, {heading: cell}."""
+    text = (ROOT / page).read_text(encoding="utf-8")
     tables = []
     for block in re.findall(r"(?m)(?:^\|.*\n)+", text):
         heading, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines())
@@ -218,9 +217,9 @@ def readme_tables(section="3"):
 
 
 def readme_defaults():
-    """{script: {option: default}} of all that the two tables of section 3 say of the scripts."""
-    (models,) = (table for table in readme_tables() if "데이터 (train 행 수)" in table[0])
-    (scripts,) = (table for table in readme_tables() if "`tutorial/download_*`" in table[0])
+    """{script: {option: default}} of all that the README's table of models and reference.md's of scripts say."""
+    (models,) = (table for table in page_tables("README.md") if "데이터 (train 행 수)" in table[0])
+    (scripts,) = (table for table in page_tables("tutorial/reference.md") if "`tutorial/download_*`" in table[0])
     assert len(models) == len(scripts) == len(PAGES)
     found, data = {}, ""
     for model, row in zip(models, scripts):
@@ -232,7 +231,7 @@ def readme_defaults():
         )
         quoted = re.search("`([^`]+)`", model["모델의 hub id"])
         found[f"tutorial/{download}"] = {"model-name": quoted.group(1) if quoted else model["모델의 hub id"]}
-        found[f"dataset/{prepare}"] = {"dataset-name-or-path": "standard-library" if data == "Python" else data}
+        found[f"dataset/{prepare}"] = {"dataset-name-or-path": data}
         of_train = re.fullmatch(
             r"(?P<batch>\d+), (?P<lr>[\d.e-]+)(?: \((?P<schedule>\w+), warm-up (?P<warmup>\d+)\))?, "
             r"(?:(?P<epochs>\d+) epoch|(?P<steps>\d+) step)(?P<lora>, LoRA(?P<bits>와 4비트)?)?",
@@ -295,7 +294,7 @@ OTHERS = {
         "dataset-name-or-path": "./llama3_1_dataset.pt",
         "rows": 3,
     },
-    "tutorial/evaluate.py": {"model-name-or-path": "./smollm2_code_generation", "rows": 64, "max-new-tokens": 256},
+    "tutorial/evaluate.py": {"model-name-or-path": "./smollm2_korean_numbers", "rows": 64, "max-new-tokens": 256},
     "tutorial/check_accelerator.py": {},
 }
 DEFAULTS = all_defaults()

@@ -18,17 +18,19 @@ code       parses: it is Python (where the answer has a fenced block: what that 
 summary    ROUGE-1, -2 and -L, F1 (Lin 2004, https://aclanthology.org/W04-1013/). Words are letters and digits of any
            alphabet, Hangul too, between two other characters; English ones are stemmed, as rouge-score does it.
            ROUGE-L takes the whole summary as one sequence; papers often print ROUGE-Lsum, by sentence, which is higher.
-text       exact match: the answer is the data's, white space apart.
+text       exact match: the answer is the data's, each run of white space as one space; and without any white space.
            chrF2 of the letters (Popovic 2015, https://aclanthology.org/W15-3049/), over all answers together, as
            sacrebleu gives it. It says how much of the data's words an answer has, not whether it is right.
 
-Answers are greedy. A share p of n rows is known to about 2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. The begins
-of the first answers are shown side by side, all of them go to evaluation.json: read them.
+Answers are greedy. A share p of n rows is known to about 2 * sqrt(p * (1 - p) / n), of 64 rows to 12 points. Where the
+data has a column "kind", exact answers are counted for each kind. Some answers are shown side by side, the wrong ones
+first: they teach. All of them go to evaluation.json: read them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, List, NamedTuple
@@ -40,7 +42,7 @@ from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
 from common.support.model_dir import ModelSource, require_model
 
-MAX_LINES, MAX_LETTERS = 5, 400  # of an answer to print; evaluation.json has all of it
+MAX_LINES, MAX_LETTERS, MAX_LINE = 5, 400, 80  # of an answer to print; evaluation.json has all of it
 
 
 def arguments():
@@ -48,7 +50,7 @@ def arguments():
     parser = Parser(__doc__)
     add = parser.add_argument
     model = "directory of the trained model or adapter"
-    add("--model-name-or-path", default="./smollm2_code_generation", help=model)
+    add("--model-name-or-path", default="./smollm2_korean_numbers", help=model)
     add("--base-model-name-or-path", help="the model before the training (default: as run.json beside the model says)")
     add("--dataset-name-or-path", help="dataset file with the held-out rows (default: as run.json says)")
     add("--save-dir", help="directory for evaluation.json and evaluation.png (default: that of the model)")
@@ -57,7 +59,7 @@ def arguments():
     add("--rows", type=positive_int, default=64, help="held-out rows to use at most")
     add("--batch-rows", type=positive_int, default=8, help="questions asked at once, fewer need less memory")
     add("--max-new-tokens", type=positive_int, default=256, help="tokens of an answer at most")
-    add("--show", type=non_negative_int, default=2, help="rows whose answers are printed side by side")
+    add("--show", type=non_negative_int, default=4, help="rows whose answers are printed, half of them wrong ones")
     add_bits(parser, "load the models, or the adapter's base, in 4 bit")
     args = parser.parse_args()
     model_dir = args.model_name_or_path
@@ -81,7 +83,7 @@ def main():
 
     # Here and below, what imports torch is imported late: --help and a mistyped option are answered at once.
     from common.device import start_device
-    from dataset.scores import MEASURES, compare_scores
+    from dataset.scores import MEASURES, compare_scores, exact_by_kind, plain
 
     device = start_device(seed=0)
     rows = load_rows(args, device)
@@ -92,12 +94,14 @@ def main():
 
     report = {"command": sys.argv, "options": vars(args), "dataset": rows.meta, "device": device.name}
     report["measures"] = compare_scores(measure, rows.questions, rows.references, before, after)
-    report["answers"] = [
-        {"prompt": question, "reference": reference, "before": old, "after": new, "ended": [old_ended, new_ended]}
-        for question, reference, (old, old_ended), (new, new_ended) in zip(
-            rows.questions, rows.references, before[1], after[1]
-        )
-    ]
+    report["answers"] = []
+    for question, right, (old, old_ended), (new, new_ended) in zip(
+        rows.questions, rows.references, before[1], after[1]
+    ):
+        texts = {"prompt": question, "reference": right, "before": old, "after": new}
+        exact = [plain(old) == plain(right), plain(new) == plain(right)]
+        report["answers"].append({**texts, "exact": exact, "ended": [old_ended, new_ended]})
+    report["kinds"] = exact_by_kind(rows.meta.get("kinds", []), report["answers"])
     save(report, Path(args.save_dir))  # before it is printed: `| head` may have closed the output
     show(report, args.show, rows.title, measure.__doc__)
 
@@ -198,21 +202,54 @@ def save(report: dict, directory: Path) -> None:
 
     with atomic_write(directory / "evaluation.json") as new:
         new.write_text(json.dumps(report, indent=2, ensure_ascii=False), encoding="utf-8")
-    draw_table(report["measures"], directory / "evaluation.png")
+    draw_table(report["measures"], report["kinds"], directory / "evaluation.png")
 
 
 def show(report: dict, rows: int, title: str, description: str) -> None:
-    """Print the begins of the answers to the first `rows` questions, what was measured, and the table."""
+    """Print the begins of the answers to some `rows` questions, what was measured, and the tables."""
     from common.train_log import print_answers, print_table
     from dataset.scores import table_rows
 
-    for row in report["answers"][:rows]:
-        answers = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
-        print_answers(row["prompt"].strip(), {name: begin_of(answer) for name, answer in answers.items()})
+    answers = report["answers"]
+    questions = without_frame([row["prompt"] for row in answers])
+    for number in some_rows(answers, rows):
+        row = answers[number]
+        texts = {"Before": row["before"], "After": row["after"], "Answer in the data": row["reference"]}
+        if "\n" in row["reference"]:
+            print_answers(row["prompt"].strip(), {name: begin_of(text) for name, text in texts.items()})
+        else:
+            print(f"\n{'right' if row['exact'][1] else 'WRONG':<18}   {questions[number]}")
+            for name, text in texts.items():
+                print(f"{name:<18}   {one_line(text)}")
     print("\n" + " ".join(description.split()))
     print(f"\n{title}")
     print_table(["Measure", "Before", "After", "Rows"], table_rows(report["measures"]))
+    if report["kinds"]:
+        print()
+        counts = [[kind, *map(str, counts.values())] for kind, counts in report["kinds"].items()]
+        print_table(["Exact by kind", "Before", "After", "Rows"], counts)
     print(f"Saved in {report['options']['save_dir']}: evaluation.json, evaluation.png")
+
+
+def some_rows(answers: List[dict], count: int) -> List[int]:
+    """The numbers of `count` rows: wrong ones first, and as many right ones."""
+    right = [number for number, row in enumerate(answers) if row["exact"][1]]
+    wrong = [number for number, row in enumerate(answers) if not row["exact"][1]]
+    num_right = min(len(right), (count + 1) // 2)
+    return (wrong[: count - num_right] + right)[:count]
+
+
+def without_frame(prompts: List[str]) -> List[str]:
+    """The prompts without the lines with which all of them begin and end, those of the template."""
+    before = os.path.commonprefix(prompts).rfind("\n") + 1
+    after = os.path.commonprefix([prompt[::-1] for prompt in prompts]).rfind("\n") + 1
+    return [prompt[before : len(prompt) - after].strip() or prompt for prompt in prompts]
+
+
+def one_line(answer: str) -> str:
+    """The first letters of an answer, in a line."""
+    line = " ".join(answer.split())
+    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
 
 
 def begin_of(answer: str) -> str:

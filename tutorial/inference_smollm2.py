@@ -1,7 +1,7 @@
-"""Ask the fine-tuned SmolLM2 135M for a Python function.
+"""Ask the fine-tuned SmolLM2 135M how a sentence with numbers is read aloud.
 
     python tutorial/inference_smollm2.py
-    python tutorial/inference_smollm2.py --prompt "Return the ..."
+    python tutorial/inference_smollm2.py --prompt "3번 출구에서 만나요."
     python tutorial/inference_smollm2.py --model-name-or-path ./smollm2-135m
     python tutorial/inference_smollm2.py --prompt-file questions.jsonl --save-path answers.jsonl
 
@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and mode
 
 from common.support.cli import inference_arguments
 from common.support.exit import run
-from dataset.templates import alpaca
+from dataset.templates import short_alpaca
 
-TASK = "Return the sum of the squares of the numbers in a list."
+SENTENCE = "3번 출구에서 오후 2시 30분에 만나요."
 TRAIN = "Run python tutorial/train_smollm2.py first, or give a directory with --model-name-or-path."
 
 
 def main():
-    args = inference_arguments(__doc__, alpaca, hint=TRAIN, model_name_or_path="./smollm2_code_generation")
+    args = inference_arguments(__doc__, short_alpaca, hint=TRAIN, model_name_or_path="./smollm2_korean_numbers")
 
     # Imported here, so that --help and a mistyped option are answered at once.
     from common.device import start_device
@@ -33,8 +33,8 @@ def main():
     from model.load import load_model
 
     # The same template as in training, with an empty answer.
-    question = {"instruction": args.prompt or TASK, "input": "", "output": ""}
-    questions = load_questions(args, alpaca, question)  # this one, or with --save-path those of --prompt-file
+    question = {"instruction": args.prompt or SENTENCE, "input": "", "output": ""}
+    questions = load_questions(args, short_alpaca, question)  # this one, or with --save-path those of --prompt-file
 
     device = start_device(args.seed)
     tokenizer = load_tokenizer(args.model_name_or_path, hint=TRAIN)

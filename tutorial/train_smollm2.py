@@ -1,7 +1,7 @@
-"""Fine-tune SmolLM2 135M to write Python functions.
+"""Fine-tune SmolLM2 135M to read numbers as Korean does: "3번 출구" is "삼 번 출구".
 
     python tutorial/train_smollm2.py
-    python tutorial/inference_smollm2.py --model-name-or-path ./smollm2_code_generation
+    python tutorial/inference_smollm2.py --model-name-or-path ./smollm2_korean_numbers
 
 Before it: tutorial/download_smollm2.py and dataset/prepare_smollm2_dataset.py. Every weight is trained.
 """
@@ -24,10 +24,10 @@ def main():
         hint=DOWNLOAD,
         model_name_or_path="./smollm2-135m",
         dataset_name_or_path="./smollm2_dataset.pt",
-        save_dir="./smollm2_code_generation",
+        save_dir="./smollm2_korean_numbers",
         batch_size=16,
         block_size=512,
-        lr=2e-4,
+        lr=5e-4,
         lr_scheduler="linear",
         warmup_steps=5,
         log_interval=1,
