@@ -13,7 +13,8 @@ from tests import plan_tables
 from tests.conftest import ROOT
 from tests.page_runner import TOKEN, Shell, commands, mistakes, prepared, read
 
-PAGES = ["README.md", *sorted(f"tutorial/{path.name}" for path in (ROOT / "tutorial").glob("*.md"))]
+TUTORIALS = sorted(f"tutorial/{path.name}" for path in (ROOT / "tutorial").glob("*.md"))
+PAGES = ["README.md", "tests/benchmarks/README.md", *TUTORIALS]
 SAMPLES = ROOT / "dataset" / "samples"
 # on the real hub only the news have held-out rows; they come in several versions
 CONFIGS = """---

@@ -142,8 +142,8 @@ SHAPES = ["smollm2", *plan_accuracy.SHAPES]
 
 @pytest.mark.skipif(not is_new, reason="measured with a newer transformers")
 def test_predictions_are_near_what_was_measured():
-    """The README's table: what was predicted is what the formula says, within 15 % of what was measured."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """tests/benchmarks/README.md: what was predicted is what the formula says, within 15 % of what was measured."""
+    text = (ROOT / "tests" / "benchmarks" / "README.md").read_text(encoding="utf-8")
     rows = ROW.findall(text.split("<!-- plan accuracy -->")[1].split("<!-- /plan accuracy -->")[0])
     assert len(rows) == 42
     names = list(dict.fromkeys(row[0] for row in rows))

@@ -1,4 +1,4 @@
-"""Predicted and measured peak memory of a training: the table of the README.
+"""Predicted and measured peak memory of a training: a table of tests/benchmarks/README.md.
 
     python tests/benchmarks/plan_accuracy.py
     python tests/benchmarks/plan_accuracy.py --only gpt2 --methods full --dtype float32
