@@ -157,9 +157,8 @@ def generate_in_batches(
 def padding_changes_answers(model) -> bool:
     """Whether padding on the left changes what a model answers (RWKV, RecurrentGemma), which it should not.
 
-    The model itself is asked, for three tokens. Rounding changes the logits by a few units in the last place, and by
-    far less than padding that is read as text does; a model that does not hide the padding from all its layers changes
-    them by a tenth of that, or more. A model that was trained hard may hardly see this padding even as text.
+    The model itself is asked, for three tokens. Padding that is read as text changes the logits by some amount, hidden
+    padding by rounding alone: by less than a thousandth of that in float32, by up to a tenth in 16 and 4 bit.
     """
     model.eval()
     padding, prompt = probe_ids(model, 12).split(6, dim=1)
@@ -181,9 +180,9 @@ def padding_changes_answers(model) -> bool:
     hidden = torch.cat([torch.zeros_like(padding), torch.ones_like(prompt)], dim=1)
     alone = logits(prompt, torch.ones_like(prompt))
     as_text = logits(padded, torch.ones_like(padded))
-    rounding = 16 * torch.finfo(model.dtype).eps * alone.abs().max()
-    change = (logits(padded, hidden) - alone).abs().max()
-    return bool(change > max(rounding, 0.05 * (as_text - alone).abs().max()))
+    share_of_rounding = 0.05 if model.dtype == torch.float32 else 0.2
+    change = (logits(padded, hidden) - alone).abs().mean()
+    return bool(change > share_of_rounding * (as_text - alone).abs().mean())
 
 
 class TokenBar(BaseStreamer):
