@@ -81,6 +81,6 @@ CPU_TORCH = pip install --quiet --no-compile --no-deps --timeout 5 --retries 0 t
 .venv/%: $(wildcard requirements/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: the tested set of packages needs Python 3.11 or newer. Run PYTHON=python3.11 make ...")'
 	$(PYTHON) -m venv .venv
-	command -v nvidia-smi rocm-smi || $(PY) -m $(CPU_TORCH) || echo "The index of CPU builds does not answer: installing the usual PyTorch."
+	command -v nvidia-smi || command -v rocm-smi || $(PY) -m $(CPU_TORCH) || echo "The index of CPU builds does not answer: installing the usual PyTorch."
 	$(PY) -m pip install --quiet --no-compile -r requirements/requirements_$(subst demo,smollm2,$*).txt -c requirements/constraints.txt
 	touch $@

@@ -148,7 +148,7 @@ def test_the_demo_has_short_rows_and_other_ones_held_out():
 
 
 def test_conversations_are_made_of_the_same_rows():
-    splits, chats = korean_number_splits(), korean_number_chats()
+    splits, chats = korean_number_phrases(), korean_number_chats()
     for name, turns in (("train", 4), ("validation", 1)):
         assert {len(row["messages"]) for row in chats[name]} == {2 * turns}
         messages = [message for row in chats[name] for message in row["messages"]]
