@@ -30,7 +30,8 @@ MONTHS = ["", "일월", "이월", "삼월", "사월", "오월", "유월", "칠�
 
 TRAINING_ROWS = 3840
 HELD_OUT_ROWS = 256
-DEMO_ROWS, DEMO_HELD_OUT_ROWS = 800, 64
+DEMO_ROWS = 800
+DEMO_HELD_OUT_ROWS = 64
 # Of the rows, in percent: what is hard to learn is there more often.
 SHARES = {"money": 18, "counters": 40, "context": 20, "time": 7, "date": 5, "telephone": 5, "several": 5}
 
@@ -149,7 +150,9 @@ def _telephone(draw: random.Random) -> Tuple[str, str]:
 
 def _number(draw: random.Random, least: int, most: int) -> int:
     """Small numbers are the usual ones."""
-    return draw.randint(least, min(10, most) if least == 1 and draw.random() < 0.3 else most)
+    if least == 1 and draw.random() < 0.3:
+        most = min(10, most)
+    return draw.randint(least, most)
 
 
 def _native(counter: str, most: int) -> Callable:
@@ -350,13 +353,14 @@ def korean_number_splits(seed: int = 0) -> Dict[str, List[dict]]:
 def korean_number_phrases(seed: int = 0) -> Dict[str, List[dict]]:
     """Short rows of few kinds, with numbers again and again. No row of the held-out ones is in training."""
     draw = random.Random(seed)
+    phrases = list(DEMO.items())
     held_out: Dict[str, dict] = {}
     while len(held_out) < DEMO_HELD_OUT_ROWS:
-        row = _row(*draw.choice(list(DEMO.items())), draw)
+        row = _row(*draw.choice(phrases), draw)
         held_out[row["instruction"]] = row
     train: List[dict] = []
     while len(train) < DEMO_ROWS:
-        row = _row(*draw.choice(list(DEMO.items())), draw)
+        row = _row(*draw.choice(phrases), draw)
         if row["instruction"] not in held_out:
             train.append(row)
     return {"train": train, "validation": list(held_out.values())}

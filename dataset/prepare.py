@@ -145,7 +145,7 @@ class RowEncoder:
             encoded = [self._encode_conversation(row, conversation) for row, conversation in zip(rows, made)]
         else:
             encoded = self._encode_examples(rows, made)
-        return [one._replace(kind=to_text(row.get("kind"))) for row, one in zip(rows, encoded)]
+        return [one._replace(kind=_kind_of(row)) for row, one in zip(rows, encoded)]
 
     def _note_decomposed(self, row: dict, texts: List[str]) -> None:
         if any(not is_normalized("NFC", text) and len(normalize("NFC", text)) < len(text) for text in texts):
@@ -179,6 +179,12 @@ class RowEncoder:
             return EncodedRow(encode_conversation(chat_template, messages, tools, self.block_size))
         except UserError as error:
             raise UserError(f"{row_location(row)}: {error}") from None
+
+
+def _kind_of(row: dict) -> str:
+    """The cell in a column "kind"; "" for a list or an object, which a column may hold that no template uses."""
+    kind = row.get("kind")
+    return to_text(kind) if isinstance(kind, (str, int, float)) else ""
 
 
 def _unused_keys(chat_template, messages: List[dict], tools, system) -> Iterator[str]:

@@ -248,6 +248,9 @@ def test_columns_that_no_template_uses_may_hold_anything(answers):
     pyarrow.parquet.write_table(table, buffer)
     assert answers("mine.parquet", buffer.getvalue()) == (["yes"], 0)
     assert answers("mine.jsonl", '{"instruction": "do", "output": "yes", "tags": [["a"]], "x": {}}') == (["yes"], 0)
+    for kind in ('["a"]', '{"a": 1}', "null", "3", "1.5"):
+        row = f'{{"instruction": "do", "output": "yes", "kind": {kind}}}'
+        assert answers("mine.jsonl", row) == (["yes"], 0)
 
 
 # ------------------------------------------------------------------------------------------------ .csv

@@ -42,7 +42,10 @@ from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
 from common.support.model_dir import ModelSource, require_model
 
-MAX_LINES, MAX_LETTERS, MAX_LINE = 5, 400, 80  # of an answer to print; evaluation.json has all of it
+# Of an answer to print; evaluation.json has all of it.
+MAX_LINES = 5
+MAX_LETTERS = 400
+MAX_LETTERS_IN_A_LINE = 80
 
 
 def arguments():
@@ -83,7 +86,7 @@ def main():
 
     # Here and below, what imports torch is imported late: --help and a mistyped option are answered at once.
     from common.device import start_device
-    from dataset.scores import MEASURES, compare_scores, exact_by_kind, plain
+    from dataset.scores import MEASURES, compare_scores, exact_by_kind
 
     device = start_device(seed=0)
     rows = load_rows(args, device)
@@ -94,13 +97,7 @@ def main():
 
     report = {"command": sys.argv, "options": vars(args), "dataset": rows.meta, "device": device.name}
     report["measures"] = compare_scores(measure, rows.questions, rows.references, before, after)
-    report["answers"] = []
-    for question, right, (old, old_ended), (new, new_ended) in zip(
-        rows.questions, rows.references, before[1], after[1]
-    ):
-        texts = {"prompt": question, "reference": right, "before": old, "after": new}
-        exact = [plain(old) == plain(right), plain(new) == plain(right)]
-        report["answers"].append({**texts, "exact": exact, "ended": [old_ended, new_ended]})
+    report["answers"] = compare_answers(rows, before[1], after[1])
     report["kinds"] = exact_by_kind(rows.meta.get("kinds", []), report["answers"])
     save(report, Path(args.save_dir))  # before it is printed: `| head` may have closed the output
     show(report, args.show, rows.title, measure.__doc__)
@@ -196,6 +193,21 @@ def ask(model, args, device, rows: Rows, when: str):
     return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
 
 
+def compare_answers(rows: Rows, before: List[tuple], after: List[tuple]) -> List[dict]:
+    """The two answers to each row beside the data's; `exact` and `ended` are of the answer before, and after.
+
+    before, after: (text, whether it ended by itself) of each row.
+    """
+    from dataset.scores import plain
+
+    answers = []
+    for prompt, reference, (old, old_ended), (new, new_ended) in zip(rows.questions, rows.references, before, after):
+        texts = {"prompt": prompt, "reference": reference, "before": old, "after": new}
+        exact = [plain(old) == plain(reference), plain(new) == plain(reference)]
+        answers.append({**texts, "exact": exact, "ended": [old_ended, new_ended]})
+    return answers
+
+
 def save(report: dict, directory: Path) -> None:
     """Write evaluation.json and evaluation.png."""
     from dataset.scores import draw_table
@@ -249,7 +261,8 @@ def without_frame(prompts: List[str]) -> List[str]:
 def one_line(answer: str) -> str:
     """The first letters of an answer, in a line."""
     line = " ".join(answer.split())
-    return line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]} ..."
+    begin = line[:MAX_LETTERS_IN_A_LINE]
+    return begin if begin == line else f"{begin} ..."
 
 
 def begin_of(answer: str) -> str:
