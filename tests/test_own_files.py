@@ -241,6 +241,7 @@ def test_bytes_that_are_no_text_are_refused_with_their_row(gpt_refuses):
 
 def test_columns_that_no_template_uses_may_hold_anything(answers):
     import pyarrow
+    import pyarrow.parquet
 
     image = pyarrow.array([b"\x89PNG\xff"], pyarrow.binary())
     table = pyarrow.table({"instruction": ["do"], "output": ["yes"], "image": image, "tags": [["a"]]})
