@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack bench bench-memory export-check
+.PHONY: demo test test-slow test-stack record bench bench-memory export-check
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -30,6 +30,10 @@ test: .venv/test
 
 test-slow: .venv/test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m slow
+
+# the output of a real run that a page shows, written again: make record NAME=smollm2_train
+record: .venv/demo
+	$(PY) tests/record.py $(NAME)
 
 # speed and memory beside other trainers, which are in .venv-bench: hours for all, BENCH="--models small --methods full"
 bench: .venv-bench/made smollm2-135m/model.safetensors

@@ -14,6 +14,8 @@ before the fence, where GitHub doesn't show it):
     <!-- not run: REASON -->         bash, pycon, python, diff: left out, and counted in test_pages.py
     <!-- not compared: REASON -->    text: an output of the real model, or no output at all
     <!-- compared up to: LINE -->    text: what follows that line is the real model's answer
+    <!-- recorded: NAME -->          text: by the letter what a real run of the command before it printed, which
+                                     tests/recorded/NAME.json holds (tests/record.py)
     <!-- Ctrl-C: after step 3 -->    bash: its training hears Ctrl-C as soon as that step is done, and ends by it
     <!-- typed: a | b -->            bash: its script runs in a terminal, where a reader types a, b and an empty line
     <!-- from: tutorial/x.py -->     python: quoted code; it must stand in that file (`...`: lines left out)
@@ -62,6 +64,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from tests import terminal
 from tests.conftest import FOLDERS, NOWHERE, ROOT, TIMEOUT, environment
 from tests.page_packages import Command, missing
+from tests.record import read_record
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status of a training after Ctrl-C
 
@@ -415,7 +418,7 @@ def requirements(path: Path) -> List[Requirement]:
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`\s]*)[^`]*")
 COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
-MARKER = re.compile(r"(not run|not compared|compared up to|Ctrl-C|typed|from|file): (\S.*)")
+MARKER = re.compile(r"(not run|not compared|compared up to|recorded|Ctrl-C|typed|from|file): (\S.*)")
 
 
 class Block(NamedTuple):
@@ -493,15 +496,20 @@ def _by_the_letter(text: str) -> str:
     return re.sub(r"(?<!^)(?:\\ ){2,}", r"\\ +", text)
 
 
-def difference(shown: List[str], said: List[str]) -> Optional[int]:
-    """The first of the shown lines that does not fit what was said, len(shown) where that goes on; None: it fits."""
-    shown, said = ([_here_as_anywhere(line.rstrip()) for line in lines] for lines in (shown, said))
+def difference(shown: List[str], said: List[str], by_letter: bool = False) -> Optional[int]:
+    """The first of the shown lines that does not fit what was said, len(shown) where that goes on; None: it fits.
+
+    by_letter: numbers, and what is another text on another machine, are compared too.
+    """
+    shown, said = ([line.rstrip() for line in lines] for lines in (shown, said))
+    if not by_letter:
+        shown, said = ([_here_as_anywhere(line) for line in lines] for lines in (shown, said))
     places = {0}  # in what was said, up to which the lines so far may have gone
     for number, line in enumerate(shown):
         if line in ("...", "…"):
             places = {*range(min(places), len(said) + 1)}
             continue
-        pattern = re.compile(pattern_of(line))
+        pattern = re.compile(re.escape(line) if by_letter else pattern_of(line))
         places = {place + 1 for place in places if place < len(said) and pattern.fullmatch(said[place])}
         if not places:
             return number
@@ -533,10 +541,13 @@ class Reader:
     def __init__(self, shell: Shell):
         self.shell = shell
         self.said: Optional[Tuple[str, ...]] = None  # by the command before: what may be compared. (): it did not run
+        self.command = ""  # the block before
 
     def follow(self, block: Block) -> None:
         """Mistake where the page doesn't tell the truth."""
         follow = getattr(self, f"_{block.language}", None)
+        if block.language in RUN:
+            self.command = block.text
         if "file" in block.marks:
             target = self.shell.cwd / block.marks["file"]
             if self.shell.folder not in target.resolve().parents:
@@ -602,6 +613,9 @@ class Reader:
 
     def _text(self, block: Block) -> None:
         said, self.said = self.said, None
+        if "recorded" in block.marks:
+            self._compare_with_record(block)
+            return
         if "not compared" in block.marks or said == ():
             return
         if said is None:
@@ -615,6 +629,20 @@ class Reader:
         # the errors are compared where the page shows them
         shows_errors = difference("\n".join(shown).rstrip().split("\n"), said[1].rstrip().split("\n")) is None
         compare(shown, said[1] if shows_errors else said[0], block.line)
+
+    def _compare_with_record(self, block: Block) -> None:
+        name = block.marks["recorded"]
+        try:
+            record = read_record(name)
+        except FileNotFoundError:
+            raise Mistake(block.line - 2, f"there is no tests/recorded/{name}.json") from None
+        if record["command"] not in self.command:
+            raise Mistake(block.line - 2, f"{name} is the output of another command: {record['command']}")
+        shown = "\n".join(block.lines).rstrip().split("\n")
+        said = "\n".join(record["output"]).rstrip().split("\n")
+        at = difference(shown, said, by_letter=True)
+        if at is not None:
+            raise Mistake(block.line + min(at, len(shown) - 1), f"tests/recorded/{name}.json has another output")
 
     def _diff(self, block: Block) -> None:
         for path, at, old, new in hunks(block):

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import ROOT, run
 from tests.page_runner import Shell, commands, difference, mistakes, read
+from tests.record import write_record
 
 pytestmark = pytest.mark.slow  # of the runner itself; the pages are what it is for
 EXAMPLE = ROOT / "tutorial" / "example.md"  # there is none; the links of a page begin in its folder
@@ -180,6 +181,7 @@ QUOTE = "<!-- from: dataset/templates.py -->\n```python\n"
         ("<!-- Ctrl-C: soon -->\n```bash\necho\n```", 1, "after which step"),
         ("<!-- Ctrl-C: after step 2 -->\n```bash\necho\n```", 3, "exit status 0, where Ctrl-C"),
         ("<!-- typed: a -->\n```bash\necho\n```", 3, "'a' cannot be typed"),
+        ("<!-- recorded: no -->\n```text\na\n```", 1, "there is no tests/recorded/no.json"),
         ("```diff\n-a\n+b\n```", 2, "a diff that is to be applied"),
         ("```diff\n--- a/LICENSE\n+++ b/LICENSE\n@@ -1 +1 @@\n-a\n+b\n```", 4, "does not fit LICENSE"),
     ],
@@ -189,6 +191,26 @@ def test_an_untrue_page(text, line, words, shell):
     found = mistakes(text, EXAMPLE, shell)
     assert any(what.startswith(f"tutorial/example.md:{line}: ") and words in what for what in found), found
     assert len(found) == text.count("](#b), ") + 1
+
+
+@pytest.mark.parametrize(
+    "command, shown, words",
+    [
+        ("python slow.py --rows 8", "8 rows\nDevice: a GPU", None),
+        ("cd there\npython slow.py --rows 8", "...\nDevice: a GPU", None),
+        ("python slow.py --rows 8", "9 rows\nDevice: a GPU", "has another output"),
+        ("python slow.py --rows 8", "8 rows\nDevice: a CPU", "has another output"),
+        ("python slow.py --rows 8", "8 rows", "has another output"),
+        ("python slow.py --rows 9", "8 rows\nDevice: a GPU", "of another command"),
+    ],
+)
+def test_a_recorded_output(command, shown, words, shell, monkeypatch, tmp_path):
+    """It is compared with the record, numbers too, and not with what the command says in the test."""
+    monkeypatch.setattr("tests.record.RECORDED", tmp_path)
+    write_record("slow", {"command": "python slow.py --rows 8", "output": ["8 rows", "Device: a GPU"]})
+    page = f"<!-- not run: slow -->\n```bash\n{command}\n```\n\n<!-- recorded: slow -->\n```text\n{shown}\n```\n"
+    found = mistakes(page, EXAMPLE, shell)
+    assert (found == []) if words is None else (len(found) == 1 and words in found[0]), found
 
 
 PROCESS = """

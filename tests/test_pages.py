@@ -12,6 +12,7 @@ import pytest
 from tests import plan_tables
 from tests.conftest import ROOT
 from tests.page_runner import TOKEN, Shell, commands, mistakes, prepared, read
+from tests.record import RECORDED, read_record
 
 TUTORIALS = sorted(f"tutorial/{path.name}" for path in (ROOT / "tutorial").glob("*.md"))
 PAGES = ["README.md", "tests/benchmarks/README.md", *TUTORIALS]
@@ -122,6 +123,20 @@ def test_nearly_all_is_run_and_compared(capfd):
         print("", *lines, *marked["not run"], *marked["not compared"], sep="\n", file=sys.stderr)
     assert len(marked["not run"]) < 0.1 * total
     assert {kind: len(found) for kind, found in marked.items() if len(found) > MARKS[kind]} == {}
+
+
+def test_each_record_is_shown():
+    """And tells where its output comes from."""
+    shown = [
+        block.marks["recorded"]
+        for page in PAGES
+        for block in read((ROOT / page).read_text(encoding="utf-8"))[0]
+        if "recorded" in block.marks
+    ]
+    assert sorted(set(shown)) == sorted(path.stem for path in RECORDED.glob("*.json"))
+    for name in shown:
+        record = read_record(name)
+        assert all(record[key] for key in ("command", "commit", "date", "machine", "packages", "output")), name
 
 
 # ------------------------------------------------------------------------------------------------ memory and disk
