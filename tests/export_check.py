@@ -1,4 +1,4 @@
-"""llama.cpp's answers beside ours: what a result says on a laptop without Python (tutorial/guide.md).
+"""llama.cpp's answers beside ours: what a result says on a laptop without Python (tutorial/deploy.md).
 
     make export-check
 

@@ -6,7 +6,7 @@
 A page says by a marker what stands there, up to the next `<!-- /plan -->`:
 
     <!-- plan: memory llama2 -->           the table of one model's memory; of all models without a name
-    <!-- plan: disk llama2 -->             the table of its disk; of all models without a name
+    <!-- plan: disk -->                    the table of the disk of all models
     <!-- plan: llama2 full peak -->        one figure: a part of PARTS by a method of METHODS. `full 8`: on 8 GPUs
 
 On one GPU, micro-batches of 4096 tokens; SmolLM2 on a CPU, micro-batches of 1024 tokens. tests/test_pages.py compares.
@@ -29,7 +29,7 @@ from model.memory_plan import MemoryPlan, TrainingSetup, predict
 from model.tutorials import TUTORIALS, shape_of
 
 KINDS = {tutorial.kind: tutorial for tutorial in TUTORIALS}
-METHODS = {"full": "전체 가중치", "lora": "LoRA", "lora_4bit": "4비트 + LoRA"}
+METHODS = {"full": "전체 파라미터", "lora": "LoRA", "lora_4bit": "QLoRA"}
 MARKED = re.compile(r"(<!-- plan: ([\w ]+?) -->)(.*?)(<!-- /plan -->)", re.DOTALL)
 # of a plan without and one with gradient checkpointing
 PARTS = {
@@ -75,11 +75,11 @@ def memory(kind: str) -> str:
         state = [gb(part) for part in (off.weights, off.gradients, off.optimizer)]
         pairs = [f"{gb(between(off))} / {gb(between(on))}", f"{gb(off.peak)} / {gb(on.peak)}"]
         rows.append([METHODS[method] + (f", GPU {gpus}장" if gpus > 1 else ""), *state, *pairs])
-    return table(["GB (8장은 GPU마다)", "가중치", "gradient", "AdamW", "중간 계산", "최대"], rows)
+    return table(["GB (8장은 GPU마다)", "가중치", "gradient", "AdamW", "activation 등", "최대"], rows)
 
 
 def name_of(kind: str) -> str:
-    return KINDS[kind].name.replace(", Korean", " 한국어").replace(", chat", " 대화")
+    return KINDS[kind].name.replace("Llama2", "Llama 2").replace("Llama3", "Llama 3").split(",")[0]
 
 
 def memory_of_all() -> str:
@@ -90,18 +90,8 @@ def memory_of_all() -> str:
         shared = gb(plans(kind, "full", 8)[1].peak) if kind != "smollm2" else "-"
         name = name_of(kind) + " (CPU)" * (kind == "smollm2")
         rows.append([name, gb(off.state - off.program), *map(" / ".join, peaks), shared])
-    head = ["GB", "전체 가중치: 가중치, gradient, AdamW", "전체 가중치, 최대", "LoRA, 최대", "4비트 + LoRA, 최대"]
-    return table([*head, "전체 가중치를 8장에, 한 장의 최대"], rows)
-
-
-def disk(kind: str) -> str:
-    found = [plans(kind, method)[0] for method in METHODS]
-    rows = [
-        ["내려받은 모델", *[gb(found[0].result)] * 3],
-        ["학습 결과", *[gb(planned.result) for planned in found]],
-        ["체크포인트 하나", *[gb(planned.checkpoint) for planned in found]],
-    ]
-    return table(["디스크 (GB)", *METHODS.values()], rows)
+    head = ["GB", "전체: 가중치, gradient, AdamW", "전체, 최대", "LoRA, 최대", "QLoRA, 최대"]
+    return table([*head, "전체를 GPU 8장에, 한 장의 최대"], rows)
 
 
 def disk_of_all() -> str:
@@ -110,16 +100,17 @@ def disk_of_all() -> str:
         full, lora, four = (plans(kind, method)[0] for method in METHODS)
         checkpoints = [gb(planned.checkpoint) for planned in (full, lora, four)]
         rows.append([name_of(kind), gb(full.result), gb(full.result), gb(lora.result), " / ".join(checkpoints)])
-    head = ["GB", "모델", "결과", "LoRA의 결과", "체크포인트 하나: 전체 / LoRA / 4비트 + LoRA"]
+    head = ["GB", "모델", "결과", "LoRA의 결과", "체크포인트 하나: 전체 / LoRA / QLoRA"]
     return table(head, rows)
 
 
 def printed(words: str) -> str:
     """What stands behind a marker with these words."""
     what, *rest = words.split()
-    if what in ("memory", "disk"):
-        one, every = (memory, memory_of_all) if what == "memory" else (disk, disk_of_all)
-        return f"\n\n{one(*rest) if rest else every()}\n"
+    if what == "disk":
+        return f"\n\n{disk_of_all()}\n"
+    if what == "memory":
+        return f"\n\n{memory(*rest) if rest else memory_of_all()}\n"
     method, part = rest[0], rest[-1]
     gpus = int(rest[1]) if len(rest) == 3 else 1
     return f"{gb(PARTS[part](*plans(what, method, gpus)))} GB"

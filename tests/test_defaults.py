@@ -1,4 +1,4 @@
-"""The default of every option that a page or the README's tables name, as --help tells it."""
+"""The default of every option that a page or its tables name, as --help tells it; and no option is missing there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.tutorials import DEFAULTS
+
+REFERENCE = (ROOT / "tutorial" / "reference.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", DEFAULTS)
@@ -24,6 +26,7 @@ def test_defaults(script, warm, folder):
     asked = DEFAULTS[script]
     assert {name: type(value)(found[name]) for name, value in asked.items()} == asked
     assert f"python {script}" in text  # the command, as the page has it
+    assert [name for name in re.findall(r"(?m)^  (--[\w-]+)", text) if f"`{name}`" not in REFERENCE] == []
 
 
 def test_every_script_has_its_defaults_checked():

@@ -1,4 +1,4 @@
-"""Results in llama.cpp and Ollama: how `make export-check` compares answers, and the form in the guide's Modelfiles."""
+"""Results in llama.cpp and Ollama: how `make export-check` compares answers, and the form in the page's Modelfiles."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def test_ten_questions_that_end_with_the_users(name):
 
 
 def modelfile(name):
-    """{instruction or parameter: value} of one of the guide's."""
-    blocks = read((ROOT / "tutorial" / "guide.md").read_text(encoding="utf-8"))[0]
+    """{instruction or parameter: value} of one of the page's."""
+    blocks = read((ROOT / "tutorial" / "deploy.md").read_text(encoding="utf-8"))[0]
     [text] = [block.text for block in blocks if block.marks.get("file") == name]
     found = re.findall(r'^(?:PARAMETER )?(\w+) (?:"""(.*?)"""|(.*?))$', text, re.MULTILINE | re.DOTALL)
     return {key: several or one for key, several, one in found}

@@ -148,13 +148,13 @@ def test_figures_of_memory_and_disk_are_the_plans():
 
 
 def test_each_place_of_a_figure_is_found():
-    """None is left out because its marker is mistyped, or never closed; each model has both tables on its page."""
+    """None is left out because its marker is mistyped, or never closed; each model has its table of memory."""
     for page in plan_tables.pages():
         text = page.read_text(encoding="utf-8")
         assert text.count("<!-- plan: ") == text.count("<!-- /plan -->") == len(plan_tables.MARKED.findall(text)), page
     text = "".join(page.read_text(encoding="utf-8") for page in plan_tables.pages())
     kinds = [kind for kind in plan_tables.KINDS if f"tutorial/{kind.replace('_70b', '')}.md" in PAGES]
-    tables = {f"{what} {kind}" for what in ("memory", "disk") for kind in kinds} | {"memory", "disk"}
+    tables = {f"memory {kind}" for kind in kinds} | {"memory", "disk"}
     assert len(kinds) >= 8
     assert tables <= {words for _, words, _, _ in plan_tables.MARKED.findall(text)}
 

@@ -1,4 +1,4 @@
-"""The tutorials by the words of their pages, and the defaults of every script as the README's tables have them."""
+"""The tutorials by the words of their pages, and the defaults of every script by the tables of reference.md."""
 
 from __future__ import annotations
 
@@ -216,45 +216,46 @@ def page_tables(page):
     return tables
 
 
-def readme_defaults():
-    """{script: {option: default}} of all that the README's table of models and reference.md's of scripts say."""
-    (models,) = (table for table in page_tables("README.md") if "데이터 (train 행 수)" in table[0])
-    (scripts,) = (table for table in page_tables("tutorial/reference.md") if "`tutorial/download_*`" in table[0])
-    assert len(models) == len(scripts) == len(PAGES)
-    found, data = {}, ""
-    for model, row in zip(models, scripts):
-        assert model["모델"].lstrip("[").startswith(row["튜토리얼"])  # both tables name them in one order
-        data = data if model["데이터 (train 행 수)"] == "위와 같음" else model["데이터 (train 행 수)"].split()[0]
+def page_defaults():
+    """{script: {option: default}} of all that reference.md's tables of scripts, models and defaults say."""
+    tables = page_tables("tutorial/reference.md")
+    scripts, models, defaults = (
+        next(table for table in tables if heading in table[0])
+        for heading in ("`tutorial/download_*`", "허브 id", "학습률, 스케줄")
+    )
+    assert len(scripts) == len(models) == len(defaults) == len(PAGES)
+    found = {}
+    for row, model, told in zip(scripts, models, defaults):
+        assert row["튜토리얼"] == model["튜토리얼"] == told["튜토리얼"]  # all three name them in one order
         (download,), (prepare,), (train, inference) = (
             re.findall("`([^`]+)`", row[heading])
             for heading in ("`tutorial/download_*`", "`dataset/prepare_*`", "`tutorial/train_*`, `inference_*`")
         )
-        quoted = re.search("`([^`]+)`", model["모델의 hub id"])
-        found[f"tutorial/{download}"] = {"model-name": quoted.group(1) if quoted else model["모델의 hub id"]}
-        found[f"dataset/{prepare}"] = {"dataset-name-or-path": data}
-        of_train = re.fullmatch(
-            r"(?P<batch>\d+), (?P<lr>[\d.e-]+)(?: \((?P<schedule>\w+), warm-up (?P<warmup>\d+)\))?, "
-            r"(?:(?P<epochs>\d+) epoch|(?P<steps>\d+) step)(?P<lora>, LoRA(?P<bits>와 4비트)?)?",
-            row["학습 기본값: 배치 행 수, lr, 학습량"],
-        )
-        told = of_train.groupdict()
+        quoted = re.search("`([^`]+)`", model["허브 id"])
+        found[f"tutorial/{download}"] = {"model-name": quoted.group(1) if quoted else model["허브 id"]}
+        data = {"dataset-name-or-path": model["데이터"].split()[0], "block-size": int(told["최대 길이"])}
+        found[f"dataset/{prepare}"] = data
+        lr, schedule, *warmup = told["학습률, 스케줄"].split(", ")
+        amount, unit = told["학습량"].split()
+        lora = told["방법"] in ("LoRA", "QLoRA")
         found[f"tutorial/{train}"] = {
-            "batch-size": int(told["batch"]),
-            "lr with --use-lora" if told["lora"] else "lr": float(told["lr"]),
-            "lr-scheduler": told["schedule"] or "constant",
-            "warmup-steps": int(told["warmup"] or 0),
-            "max-train-steps": told["steps"] or "by the epochs",
-            "epochs": int(told["epochs"] or 1),
-            "use-lora": str(bool(told["lora"])),
-            "load-in": "4 bit" if told["bits"] else "as it is stored",
+            "batch-size": int(told["배치"]),
+            "block-size": int(told["최대 길이"]),
+            "lr with --use-lora" if lora else "lr": float(lr),
+            "lr-scheduler": schedule,
+            "warmup-steps": int(warmup[0].split()[1]) if warmup else 0,
+            "max-train-steps": amount if unit == "step" else "by the epochs",
+            "epochs": int(amount) if unit == "epoch" else 1,
+            "use-lora": str(lora),
+            "load-in": "4 bit" if told["방법"] == "QLoRA" else "as it is stored",
         }
         found.setdefault(f"tutorial/{inference}", {})
     return found
 
 
 def all_defaults():
-    """The README's, and what its tables leave out: places (they are the same from one command to the next), LoRA."""
-    found = readme_defaults()
+    """The page's, and what its tables leave out: places (they are the same from one command to the next), LoRA."""
+    found = page_defaults()
     for page in PAGES.values():
         download, prepare, train, inference = (
             found[f"{folder}/{words.split()[0]}"]
@@ -267,9 +268,10 @@ def all_defaults():
         )
         model = {"model-name-or-path": page.model_dir}
         download["save-dir"] = page.model_dir
-        for name, value in {**model, "block-size": page.block_size, "save-path": page.dataset_file}.items():
+        for name, value in {**model, "save-path": page.dataset_file}.items():
             prepare.setdefault(name, value)  # Llama3's serves two, the smaller first
-        data = {"dataset-name-or-path": page.dataset_file, "block-size": page.block_size}
+        assert train["block-size"] == page.block_size
+        data = {"dataset-name-or-path": page.dataset_file}
         train.update({**model, **data, "save-dir": page.save_dir, "log-interval": page.log_interval, **LORA})
         train["gradient-checkpointing"] = "auto"
         train["seed"] = 3407 if page.adapter else 0
