@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack record bench bench-memory export-check
+.PHONY: demo test test-slow test-stack record bench bench-step bench-threads bench-answers bench-memory export-check
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -38,6 +38,16 @@ record: .venv/demo
 # speed and memory beside other trainers, which are in .venv-bench: hours for all, BENCH="--models small --methods full"
 bench: .venv-bench/made smollm2-135m/model.safetensors
 	.venv-bench/bin/python tests/benchmarks/trainers.py $(BENCH)
+
+# where a step's time goes; threads that wait, beside a busy program; answers a second. Options by BENCH=
+bench-step: .venv/test smollm2-135m/model.safetensors smollm2_dataset.pt
+	$(PY) tests/benchmarks/step_costs.py $(BENCH)
+bench-threads: .venv/test
+	$(PY) tests/benchmarks/waiting_threads.py $(BENCH)
+bench-answers: .venv/test smollm2_dataset.pt
+	$(PY) tests/benchmarks/answering_speed.py $(BENCH)
+smollm2_dataset.pt: smollm2-135m/model.safetensors
+	$(PY) dataset/prepare_smollm2_dataset.py
 
 .venv-bench/made: $(wildcard requirements/*.txt)
 	$(PYTHON) -m venv .venv-bench

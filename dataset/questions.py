@@ -7,8 +7,8 @@ training. Or it has a `prompt`, which is asked as --prompt is. --columns names c
     answers.jsonl     {"instruction": "...", "answer": "...", "ended": true}    a line for each answered row
     answers.run.json  how they were made
 
-The answers of a batch are saved as soon as it is done, in the order of the questions. The same command resumes an
-interrupted run, if model, prompts and options are still the same.
+Some batches (model/generate.py) of answers are saved at a time, in the order of the questions. The same command resumes
+an interrupted run, if model, prompts and options are still the same.
 """
 
 from __future__ import annotations

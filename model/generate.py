@@ -20,6 +20,7 @@ from model.loss import CausalLMLoss, require_causal
 from model.probe import probe_ids
 
 INCOMPLETE = "\ufffd"
+WINDOW_BATCHES = 8
 MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
 
 
@@ -44,6 +45,13 @@ def decode(tokenizer, ids: List[int]) -> str:
         if text == texts[-1]:
             break
     return max(texts, key=len)
+
+
+class Part(NamedTuple):
+    """A batch that is done: its rows, and the answers of all batches of its window if it is the last one of them."""
+
+    rows: int
+    answers: List[Answer]
 
 
 class AnswerPrinter:
@@ -137,20 +145,29 @@ def stream_answer(
 
 def generate_in_batches(
     model, tokenizer, prompts: List[List[int]], args, ends: Sequence[int] = (), temperature: float = 0.0
-) -> Iterator[List[Answer]]:
+) -> Iterator[Part]:
     """The answers to `prompts` in their order, `args.batch_rows` at a time, of at most `args.max_new_tokens` tokens.
 
-    One at a time where the padding of a batch would change them.
+    One at a time where the padding of a batch would change them. Prompts of like lengths share a batch, and are sorted
+    for it within windows of some batches, so that the answers of a window can be saved before all are there.
     """
     if max(map(len, prompts)) > prompt_room(model, args.max_new_tokens):
         raise UserError(f"--max-new-tokens {args.max_new_tokens} leaves no room for the longest prompt. Use fewer.")
     with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING):
         rows = 1 if args.batch_rows > 1 and padding_changes_answers(model) else args.batch_rows
-    for start in range(0, len(prompts), rows):
-        batch = prompts[start : start + rows]
-        with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING), TokenBar(args) as bar:
-            answers = generate_answers(model, tokenizer, batch, args.max_new_tokens, ends, temperature, bar)
-        yield answers
+    window = rows * WINDOW_BATCHES if rows > 1 else 1
+    for start in range(0, len(prompts), window):
+        numbers = range(start, min(start + window, len(prompts)))
+        longest_first = sorted(numbers, key=lambda number: len(prompts[number]), reverse=True)
+        answers = {}
+        for first in range(0, len(longest_first), rows):
+            batch = longest_first[first : first + rows]
+            asked = [prompts[number] for number in batch]
+            with explain_out_of_memory("a batch of answers", model.device, MEMORY_SAVING), TokenBar(args) as bar:
+                answered = generate_answers(model, tokenizer, asked, args.max_new_tokens, ends, temperature, bar)
+            answers.update(zip(batch, answered))
+            is_complete = len(answers) == len(numbers)
+            yield Part(len(batch), [answers[number] for number in numbers] if is_complete else [])
 
 
 @torch.no_grad()
@@ -215,8 +232,8 @@ def answer_questions(model, tokenizer, prompts: List[List[int]], answers, args, 
         print(f"Continuing: {done} of {total} rows are answered in {answers.path}", flush=True)
     answers.begin(run_facts(vars(args), {}, device.name))
     batches = generate_in_batches(model, tokenizer, prompts, args, ends, args.temperature)
-    for batch in with_progress(batches, len, "answers", total, done):
-        answers.add(batch)
+    for part in with_progress(batches, lambda part: part.rows, "answers", total, done):
+        answers.add(part.answers)
     print(f"Saved {answers.answered} answers in {answers.path} ({answers.count_ended()} ended with a stop token)")
 
 

@@ -319,17 +319,20 @@ def test_half_a_line_and_lines_that_were_deleted_at_the_end_are_answered_again(n
         assert path.read_bytes() == whole
 
 
-def test_memory_that_gives_out_loses_nothing(never_cut_answers, asks, warm):
+def test_memory_that_gives_out_loses_no_complete_window(never_cut_answers, asks, warm):
+    """Eight batches of two rows are saved together."""
+    write(asks / "questions.jsonl", lines(asks / "questions.jsonl") * 4)
     again = "transformers.GenerationMixin.generate = full"
-    once = "once = transformers.GenerationMixin.generate\n    def later(*a, **k):\n"
+    once = "once, left = transformers.GenerationMixin.generate, [8]\n    def later(*a, **k):\n"
     once += "        if k['max_new_tokens'] == 3: return once(*a, **k)  # the question whether it reads padding\n"
-    once += f"        {again}\n        return once(*a, **k)\n    transformers.GenerationMixin.generate = later"
+    once += f"        left[0] -= 1\n        if not left[0]: {again}\n        return once(*a, **k)\n"
+    once += "    transformers.GenerationMixin.generate = later"
     (asks / "with.py").write_text(WITH.replace(again, once))
     done = warm(FILE.replace("python ", "python with.py answering "), cwd=asks, ok=None)
     tells(done, "Out of memory", "To save memory, use --batch-rows, --load-in-4bit, --max-new-tokens.")
-    assert len(lines(asks / "answers.jsonl")) == 2
+    assert len(lines(asks / "answers.jsonl")) == 16
     warm(f"{FILE} --batch-rows 1", cwd=asks)
-    assert lines(asks / "answers.jsonl") == never_cut_answers
+    assert lines(asks / "answers.jsonl") == never_cut_answers * 4
 
 
 def test_answers_are_resumed_after_a_full_disk(never_cut_answers, asks, warm):

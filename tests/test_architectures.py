@@ -366,6 +366,6 @@ def test_answers_side_by_side_are_those_one_by_one(base, tokenizer):
 
     def answers(batch_rows):
         args = SimpleNamespace(batch_rows=batch_rows, max_new_tokens=8)
-        return [answer.text for batch in generate_in_batches(model, tokenizer, prompts, args) for answer in batch]
+        return [answer.text for part in generate_in_batches(model, tokenizer, prompts, args) for answer in part.answers]
 
     assert answers(3) == answers(1)

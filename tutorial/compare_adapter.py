@@ -46,7 +46,8 @@ def main():
 
     def ask(model, name):
         parts = generate_in_batches(model, tokenizer, prompts, args, dataset["meta"]["end_tokens"])
-        return [answer.text.strip() for part in with_progress(parts, len, name, len(prompts)) for answer in part]
+        parts = with_progress(parts, lambda part: part.rows, name, len(prompts))
+        return [answer.text.strip() for part in parts for answer in part.answers]
 
     # The base is asked by itself: with an adapter that is switched off it may be another model (bias, PiSSA).
     bits = source.base_bits if args.bits is None else args.bits

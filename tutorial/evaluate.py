@@ -189,8 +189,8 @@ def ask(model, args, device, rows: Rows, when: str):
 
     mean_perplexity = perplexity(model, rows.batches, len(rows.prompts), device)
     parts = generate_in_batches(model, rows.tokenizer, rows.prompts, args, rows.meta["end_tokens"])
-    parts = with_progress(parts, len, when, len(rows.prompts))
-    return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part]
+    parts = with_progress(parts, lambda part: part.rows, when, len(rows.prompts))
+    return mean_perplexity, [(answer.text.strip(), answer.ended) for part in parts for answer in part.answers]
 
 
 def compare_answers(rows: Rows, before: List[tuple], after: List[tuple]) -> List[dict]:
