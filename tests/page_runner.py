@@ -12,8 +12,6 @@ before the fence, where GitHub doesn't show it):
                                      by the letter; a line `...` or `…` is any number of lines, `…` in a line any text
     ```diff                          applied to the clone's files, as `patch -p1` does
     <!-- not run: REASON -->         bash, pycon, python, diff: left out, and counted in test_pages.py
-    <!-- not compared: REASON -->    text: an output of the real model, or no output at all
-    <!-- compared up to: LINE -->    text: what follows that line is the real model's answer
     <!-- recorded: NAME -->          text: by the letter what a real run of the command before it printed, which
                                      tests/recorded/NAME.json holds (tests/record.py)
     <!-- Ctrl-C: after step 3 -->    bash: its training hears Ctrl-C as soon as that step is done, and ends by it
@@ -418,7 +416,7 @@ def requirements(path: Path) -> List[Requirement]:
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`\s]*)[^`]*")
 COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
-MARKER = re.compile(r"(not run|not compared|compared up to|recorded|Ctrl-C|typed|from|file): (\S.*)")
+MARKER = re.compile(r"(not run|recorded|Ctrl-C|typed|from|file): (\S.*)")
 
 
 class Block(NamedTuple):
@@ -616,19 +614,14 @@ class Reader:
         if "recorded" in block.marks:
             self._compare_with_record(block)
             return
-        if "not compared" in block.marks or said == ():
+        if said == ():
             return
         if said is None:
             raise Mistake(block.line - 1, "a text without a command before it needs a marker")
-        shown, last = block.lines, block.marks.get("compared up to")
-        if last is not None:
-            if last not in shown:
-                raise Mistake(block.line - 2, f"{last!r} is no line of this text")
-            shown = shown[: shown.index(last) + 1]
-            said = tuple(re.sub(rf"(?ms)^({re.escape(last)})$.*", r"\1", text, count=1) for text in said)
         # the errors are compared where the page shows them
-        shows_errors = difference("\n".join(shown).rstrip().split("\n"), said[1].rstrip().split("\n")) is None
-        compare(shown, said[1] if shows_errors else said[0], block.line)
+        shown = "\n".join(block.lines).rstrip().split("\n")
+        shows_errors = difference(shown, said[1].rstrip().split("\n")) is None
+        compare(block.lines, said[1] if shows_errors else said[0], block.line)
 
     def _compare_with_record(self, block: Block) -> None:
         name = block.marks["recorded"]

@@ -47,15 +47,12 @@ took 12 s on …
 ```
 
 ```bash
-echo "name      100 MB"; echo "Device: some GPU, float16"; echo question; echo "answer of $RANDOM words"
+echo "name      100 MB"; echo "Device: some GPU, float16"
 ```
 
-<!-- compared up to: question -->
 ```text
 name  7 MB
 Device: CPU, 2 threads, bfloat16
-question
-an answer
 ```
 
 ```bash
@@ -73,11 +70,6 @@ moreh-smi
 
 ```text
 not compared
-```
-
-<!-- not compared: a drawing -->
-```text
-+--+
 ```
 
   ```pycon
@@ -154,7 +146,6 @@ QUOTE = "<!-- from: dataset/templates.py -->\n```python\n"
         (ECHO + "one\n2 words\nthree\n```", 8, "the page shows 'three'"),
         (ECHO + "...\nthree\n...\n```", 7, "the page shows 'three'"),
         (ECHO + "one\n...\n```\n\n```text\none\n```", 10, "a text without a command"),
-        (ECHO.replace("```text", "<!-- compared up to: two -->\n```text") + "one\n```", 5, "'two' is no line"),
         ("```bash\necho one\nfalse\necho two\n```", 2, "exit status 1"),
         ("```pycon\n>>> 1 + 1\n3 apples\n```", 3, "the page shows '3 apples'"),
         ("```pycon\n>>> 1 + 1\n2\n>>> 1 / 0\n```", 4, "ZeroDivisionError"),

@@ -104,25 +104,21 @@ def test_page(page, tmp_path, warm, warm_hub, stand_in):
         pytest.fail("\n".join(found), pytrace=False)
 
 
-# what pages had before they began where a reader begins; it may only become less
-MARKS = {"not run": 9, "not compared": 7, "compared up to": 19}
+NOT_RUN = 4  # blocks that need MoAI Platform, or hours; it may only become less
 
 
-def test_nearly_all_is_run_and_compared(capfd):
+def test_nearly_all_is_run(capfd):
     """And what is not is printed, with its reason (on standard error, which pytest-xdist lets through)."""
-    lines, total = [], 0
-    marked = {kind: [] for kind in MARKS}
+    total, not_run = 0, []
     for page in PAGES:
         blocks = read((ROOT / page).read_text(encoding="utf-8"))[0]
         total += len(commands(blocks))
-        for block in blocks:
-            for kind in marked.keys() & block.marks.keys():
-                marked[kind].append(f"  {page}:{block.line - 1} {kind}: {block.marks[kind]}")
-    lines = [f"{total - len(marked['not run'])} of {total} blocks run; not run, or not compared:"]
+        not_run += [
+            f"  {page}:{block.line - 1}: {block.marks['not run']}" for block in blocks if "not run" in block.marks
+        ]
     with capfd.disabled():
-        print("", *lines, *marked["not run"], *marked["not compared"], sep="\n", file=sys.stderr)
-    assert len(marked["not run"]) < 0.1 * total
-    assert {kind: len(found) for kind, found in marked.items() if len(found) > MARKS[kind]} == {}
+        print("", f"{total - len(not_run)} of {total} blocks run; not run:", *not_run, sep="\n", file=sys.stderr)
+    assert len(not_run) <= NOT_RUN
 
 
 def test_each_record_is_shown():
