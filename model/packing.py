@@ -27,11 +27,11 @@ def packed_attention(module, query, key, value, attention_mask, cu_seq_lens_q=No
         raise ValueError("this model makes its own mask")  # packed_mask returns none
     lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
-    for row in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
-        if row[0].shape[2] < SHORT_ROW:
-            row = [part.float() for part in row]
-        output, _ = sdpa_attention_forward(module, *row, None, **options)
-        outputs.append(output.to(query.dtype))
+    with torch.autocast(query.device.type, enabled=False):  # which would turn float32 back into bfloat16
+        for row in zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2)):
+            dtype = torch.float32 if row[0].shape[2] < SHORT_ROW else value.dtype
+            output, _ = sdpa_attention_forward(module, *[part.to(dtype) for part in row], None, **options)
+            outputs.append(output.to(value.dtype))
     return torch.cat(outputs, dim=1), None
 
 

@@ -38,9 +38,10 @@ def measured(owner, name: str, part: str) -> None:
     function = getattr(owner, name)
 
     def with_clock(*args, **options):
+        counts = finished >= WARM_UP
         begin = time.perf_counter()
         result = function(*args, **options)
-        if finished >= WARM_UP:
+        if counts:
             seconds[part] += time.perf_counter() - begin
         return result
 

@@ -28,7 +28,7 @@ SETTINGS: Dict[str, Dict[str, str]] = {
     **{f"{count} turns, then asleep": {"GOMP_SPINCOUNT": str(count)} for count in (100, 1000, 10_000, 50_000)},
 }
 TOKENS = 256
-SECONDS = 8.0
+SECONDS = 6.0
 BUSY = [sys.executable, "-c", "while True: pass"]
 
 
