@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from common.batches import IGNORE_INDEX, Batches
@@ -15,6 +16,7 @@ from model import loss as loss_file
 from model.lora import add_lora
 from model.loss import CausalLMLoss, has_plain_head
 from model.memory_plan import TrainingPlan
+from model.packing import SHORT_ROW, packed_attention
 from model.tiny import write_tiny
 from tests.helpers import answer_start, first_fast, split_of
 
@@ -270,6 +272,22 @@ def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_p
     assert len(micro_batches(split, list(range(500)), 512, packed=True)) == -(-tokens // 512)
     (batch,) = micro_batches(split, [7], 5, packed=True)  # longer than the limit: alone
     assert batch.cu_seq_lens.tolist() == [0, int(row_lengths(split)[7])] and batch.input_ids.numel() > 5
+
+
+@pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers before 4.53")
+@pytest.mark.parametrize("length, dtype", [(SHORT_ROW - 1, torch.float32), (SHORT_ROW, torch.bfloat16)])
+def test_short_packed_rows_attend_in_float32(length, dtype):
+    """Though autocast would do it in bfloat16, which takes a CPU up to three times as long."""
+    query, key, value = torch.randn((3, 1, 2, 2 * length, 8), generator=torch.Generator().manual_seed(0)).bfloat16()
+    begins = torch.tensor([0, length, 2 * length], dtype=torch.int32)
+    module = Namespace(is_causal=True, num_key_value_groups=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, _ = packed_attention(module, query, key, value, None, cu_seq_lens_q=begins)
+    rows = [
+        [part[:, :, half].to(dtype) for part in (query, key, value)] for half in (slice(length), slice(length, None))
+    ]
+    expected = [F.scaled_dot_product_attention(*row, is_causal=True).transpose(1, 2) for row in rows]
+    assert torch.equal(output, torch.cat(expected, dim=1).bfloat16())
 
 
 @pytest.mark.skipif(not hasattr(transformers, "AttentionMaskInterface"), reason="transformers before 4.53")
