@@ -2,11 +2,13 @@
 
     make bench
     make bench BENCH="--models small --methods full --rounds 1"
+    make bench BENCH="--bf16 --kinds 'TRL, packing' ours --methods full"
 
 The same rows (functions of the standard library, at most 1024 tokens, a loss on every token), model, AdamW and float32
-for all; each as its documentation shows it. One step on the first rows shows by its loss that the work is the same; it
-warms up, and does not count. Each measurement is a process of its own, and the trainers take turns, because a shared
-machine has slower and faster minutes; the rate of its matrix products is measured before each one.
+for all, or with --bf16 matrix products in bfloat16; each as its documentation shows it. One step on the first rows shows
+by its loss that the work is the same; it warms up, and does not count. Each measurement is a process of its own, and the
+trainers take turns, because a shared machine has slower and faster minutes; the rate of its matrix products is measured
+before each one.
 
 docs' loop       the loop of the earlier pages: every row padded to 1024 tokens
 Trainer          transformers' own; rows of a batch padded to the longest; "grouped" puts rows of like length together
@@ -45,6 +47,7 @@ BLOCK = 1024
 # rows of a step, and steps: a step of the real model takes a laptop some minutes in the slowest of the trainers
 MODELS = {"small": (16, 2), "SmolLM2-135M": (4, 2)}
 # a CPU with bfloat16 would train in it; the comparison is in the type that all CPUs have
+bf16 = False
 IN_FLOAT32 = (
     "import runpy, sys, torch; torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: False; "
     "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -52,7 +55,7 @@ IN_FLOAT32 = (
 
 
 def run_script(root: Path, script: str, *options: str) -> None:
-    command = [sys.executable, "-c", IN_FLOAT32, f"{root}/{script}", *options]
+    command = [sys.executable, *([] if bf16 else ["-c", IN_FLOAT32]), f"{root}/{script}", *options]
     subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -107,7 +110,8 @@ def docs_loop(model_dir: str, batches, method: str):
         mask = torch.zeros_like(ids)
         for row, text in enumerate(texts):
             ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
-        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, IGNORE_INDEX)).loss
         first = first or loss.item()
         loss.backward()
         optimizer.step()
@@ -131,7 +135,7 @@ def trainer(model_dir: str, batches, method: str, kind: str):
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
-        "bf16": False,
+        "bf16": bf16,
     }
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
     if kind.startswith("Trainer"):
@@ -219,8 +223,8 @@ def peak_memory(process: int) -> int:
 
 
 def matrix_rate() -> float:
-    """Operations a second of float32 matrix products, the best of eight."""
-    one, best = torch.ones((2048, 2048)), 0.0
+    """Operations a second of matrix products, the best of eight."""
+    one, best = torch.ones((2048, 2048), dtype=torch.bfloat16 if bf16 else torch.float32), 0.0
     for _ in range(8):
         begin = time.perf_counter()
         one @ one
@@ -260,9 +264,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     parser.add_argument("--save-path", default="bench_trainers.md", help="the tables, in Markdown")
     parser.add_argument("--measure", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    global bf16
+    bf16 = args.bf16
     if args.measure:
         *texts, rows, steps = args.measure
         print(json.dumps(measure(*texts, int(rows), int(steps))))
@@ -271,7 +278,7 @@ def main() -> None:
     names = (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft", "accelerate"))
     lines = [f"{next(names, platform.machine())}, {torch.get_num_threads()} threads; Python "
-             f"{platform.python_version()}, {versions}; float32"]  # fmt: skip
+             f"{platform.python_version()}, {versions}; {'bfloat16' if bf16 else 'float32'}"]  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         roots = {kind: str(ROOT) for kind in KINDS}
         roots[f"commit {FIRST}"] = f"{place}/first"
@@ -291,6 +298,7 @@ def compare(args, place: Path, roots: dict, lines: list) -> None:
         datasets[kind] = str(place / f"{Path(root).name}.pt")
         if not Path(datasets[kind]).exists():
             options = ["--model-name-or-path", real, "--save-path", datasets[kind], "--block-size", str(BLOCK)]
+            options += [] if FIRST in kind else ["--dataset-name-or-path", "standard-library"]
             run_script(Path(root), "dataset/prepare_smollm2_dataset.py", *options)
     for model in args.models:
         rows, steps = MODELS[model]
@@ -301,7 +309,7 @@ def compare(args, place: Path, roots: dict, lines: list) -> None:
                 for kind in args.kinds:
                     rate = matrix_rate()
                     given = [kind, roots[kind], model_dirs[model], datasets[kind], method, str(rows), str(steps)]
-                    found, peak = peak_of([sys.executable, __file__, "--measure", *given])
+                    found, peak = peak_of([sys.executable, __file__, "--measure", *given, *["--bf16"] * bf16])
                     runs[kind].append((tokens / found["seconds"], rate, peak, found["loss"]))
                     print(model, method, kind, *(f"{figure:.4g}" for figure in runs[kind][-1]), flush=True)
             lines += table(f"{model}, {method}, {rows} rows a step", runs, operations_of(model_dirs[model], method))
