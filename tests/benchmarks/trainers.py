@@ -5,10 +5,10 @@
     make bench BENCH="--bf16 --kinds 'TRL, packing' ours --methods full"
 
 The same rows (functions of the standard library, at most 1024 tokens, a loss on every token), model, AdamW and float32
-for all, or with --bf16 matrix products in bfloat16; each as its documentation shows it. One step on the first rows shows
-by its loss that the work is the same; it warms up, and does not count. Each measurement is a process of its own, and the
-trainers take turns, because a shared machine has slower and faster minutes; the rate of its matrix products is measured
-before each one.
+for all, or with --bf16 matrix products in bfloat16; each as its documentation shows it. One step on the first rows
+shows by its loss that the work is the same; it warms up, and does not count. Each measurement is a process of its own,
+and the trainers take turns, because a shared machine has slower and faster minutes; the rate of its matrix products is
+measured before each one.
 
 docs' loop       the loop of the earlier pages: every row padded to 1024 tokens
 Trainer          transformers' own; rows of a batch padded to the longest; "grouped" puts rows of like length together
