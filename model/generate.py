@@ -20,7 +20,7 @@ from model.loss import CausalLMLoss, require_causal
 from model.probe import probe_ids
 
 INCOMPLETE = "\ufffd"
-WINDOW_BATCHES = 8
+WINDOW_BATCHES = 8  # whose prompts are sorted together, and whose answers are saved together
 MEMORY_SAVING = ("--batch-rows", "--load-in-4bit", "--max-new-tokens")
 
 

@@ -8,20 +8,19 @@ a page in the page's order, because each command needs the files of those before
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Dict, List
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 RECORDED = ROOT / "tests" / "recorded"
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "peft", "bitsandbytes")
 
 
 def read_record(name: str) -> dict:
@@ -50,11 +49,15 @@ def run_again(record: dict) -> dict:
 
 def circumstances() -> Dict[str, str]:
     """Where and when it runs."""
+    from tutorial.check_accelerator import installed_versions
+
+    # check_accelerator leaves out tokenizers, on which the token ids depend.
+    versions = {**installed_versions(), "tokenizers": version("tokenizers")}
     return {
         "commit": subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "packages": ", ".join([f"python {platform.python_version()}", *installed()]),
+        "packages": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
 
 
@@ -67,14 +70,6 @@ def machine() -> str:
     model = next((line.split(": ")[1] for line in facts.splitlines() if line.startswith("model name")), "CPU")
     widest = next((flag for flag in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if flag in facts), "no avx2")
     return f"{os.cpu_count()} cores, {model}, with {widest}"
-
-
-def installed() -> List[str]:
-    found = []
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
-    return found
 
 
 if __name__ == "__main__":
