@@ -17,17 +17,20 @@ class MicroBatch(NamedTuple):
     input_ids and labels are int64 [rows, length]. labels are the ids where there is a loss and IGNORE_INDEX elsewhere;
     the loss shifts them by one position. attention_mask is int64 [rows, length] or None: with causal attention no token
     sees the padding to its right, and without a mask the fast attention kernels can be used. cu_seq_lens is int32
-    [rows + 1] for packed rows, where each row begins and the last one ends; else None.
+    [rows + 1] for packed rows, where each row begins and the last one ends; else None. positions is int64 [labels]: the
+    positions of the flattened input_ids that predict a token with a label. A GPU would have to wait until they are
+    counted. None if each batch must have the same shapes.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: Optional[torch.Tensor] = None
     cu_seq_lens: Optional[torch.Tensor] = None
+    positions: Optional[torch.Tensor] = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`."""
-        return MicroBatch(*(None if tensor is None else tensor.to(device) for tensor in self))
+        """The same on `device`. A GPU does not finish its earlier work first."""
+        return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Batches:
@@ -94,8 +97,7 @@ class Batches:
         groups = groups_of_ranks[distributed.rank()]
         make = self._packed if self.packed else self._padded
         micro_batches = [make(group) for group in groups]
-        empty = MicroBatch(torch.zeros((1, 2), dtype=torch.int64), torch.full((1, 2), IGNORE_INDEX))
-        return micro_batches + [empty] * (most - len(groups))
+        return micro_batches + [pad_rows([], 2, height=1)] * (most - len(groups))
 
     def split_over_ranks(self, rows: List[int]) -> List[List[int]]:
         """The rows of each rank: about as many tokens for each, so that no rank waits long for the others."""
@@ -151,7 +153,7 @@ class Batches:
         lengths = torch.ones(self.batch_size, dtype=torch.int64)  # one visible token keeps the softmax defined
         lengths[: len(rows)] = self.lengths[rows]
         mask = (torch.arange(self.static_length) < lengths[:, None]).long()
-        return batch._replace(attention_mask=mask)
+        return batch._replace(attention_mask=mask, positions=None)
 
 
 def group_for_padding(rows: List[int], lengths: List[int], max_tokens: int) -> List[List[int]]:
@@ -192,7 +194,7 @@ def pad_rows(rows: List[Tuple[torch.Tensor, torch.Tensor]], length: int, height:
     for index, (ids, row_labels) in enumerate(rows):
         input_ids[index, : len(ids)] = ids
         labels[index, : len(ids)] = row_labels
-    return MicroBatch(input_ids, labels)
+    return MicroBatch(input_ids, labels, positions=predicting_positions(labels))
 
 
 def pack_rows(rows: List[Tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
@@ -204,5 +206,16 @@ def pack_rows(rows: List[Tuple[torch.Tensor, torch.Tensor]]) -> MicroBatch:
         labels.append(row_labels)
     lengths = torch.tensor([0] + [len(ids) for ids, _ in rows])
     cu_seq_lens = torch.cumsum(lengths, 0).int()
-    input_ids = torch.cat([ids for ids, _ in rows])
-    return MicroBatch(input_ids[None], torch.cat(labels)[None], cu_seq_lens=cu_seq_lens)
+    input_ids = torch.cat([ids for ids, _ in rows])[None]
+    labels = torch.cat(labels)[None]
+    return MicroBatch(input_ids, labels, cu_seq_lens=cu_seq_lens, positions=predicting_positions(labels))
+
+
+def predicting_positions(labels: torch.Tensor) -> torch.Tensor:
+    """The positions in front of those with a label, int64 [labels], in the flattened `labels` [rows, length].
+
+    Nothing predicts the first token of a row, whether it has a label or not.
+    """
+    has_label = labels != IGNORE_INDEX
+    has_label[:, 0] = False
+    return has_label.flatten().nonzero().squeeze(1) - 1

@@ -324,13 +324,13 @@ def total_loss(
     model: nn.Module, batches: Batches, rows: List[int], device: Device, after_micro_batch: Callable = lambda: None
 ) -> float:
     """The loss of these rows, summed over their label tokens, without dropout. With several ranks, the sum of all."""
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device.torch_device)
     with eval_mode(model):
         for start in range(0, len(rows), batches.batch_size):
             for micro_batch in batches.micro_batches(rows[start : start + batches.batch_size]):
-                total += forward(model, micro_batch, device).item()
+                total += forward(model, micro_batch, device)
                 after_micro_batch()
-    return distributed.all_reduce_sum(torch.tensor(total, dtype=torch.float64)).item()
+    return distributed.all_reduce_sum(total).item()
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ class CausalLMLoss(nn.Module):
         labels: torch.Tensor,
         attention_mask: Optional[torch.Tensor] = None,
         cu_seq_lens: Optional[torch.Tensor] = None,
+        positions: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
         network = self.network
         if self.own_head is None:
@@ -57,23 +58,19 @@ class CausalLMLoss(nn.Module):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if cu_seq_lens is not None:
             batch.update(packed_inputs(cu_seq_lens))
-        targets = labels[:, 1:]  # each position predicts the next token
         if self.own_head:
-            logits = network(**batch).logits[:, :-1]
-            return F.cross_entropy(
-                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-            )
+            logits = network(**batch).logits[:, :-1].flatten(0, 1)
+            targets = labels[:, 1:].flatten()  # each position predicts the next token
+            return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum")
         head = network.get_output_embeddings()
-        hidden = network.base_model(**batch)[0]
-        has_label = targets != IGNORE_INDEX
+        hidden = network.base_model(**batch)[0].flatten(0, 1)
+        targets = labels.flatten()[positions + 1]
         weight = head.weight
         bias = head.bias
         if not torch.is_grad_enabled():  # ChunkedCrossEntropy would compute gradients all the same
             weight = weight.detach()
             bias = None if bias is None else bias.detach()
-        return ChunkedCrossEntropy.apply(
-            hidden[:, :-1][has_label], weight, bias, targets[has_label], chunk_elements(hidden.device)
-        )
+        return ChunkedCrossEntropy.apply(hidden, positions, weight, bias, targets, chunk_elements(hidden.device))
 
     def enable_packing(self, longest: int) -> bool:
         """Prepare the model for packed rows of at most `longest` tokens; False if it cannot take them."""
@@ -90,17 +87,18 @@ def chunk_elements(device: torch.device) -> int:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross entropy of `hidden @ weight.T + bias`, whose gradients are computed in the forward pass.
+    """Sum of the cross entropy of `hidden[positions] @ weight.T + bias`. Its forward pass computes the gradients too.
 
-    hidden [positions, width], weight [vocabulary, width], bias [vocabulary] or None, targets int64 [positions];
-    elements: how many logits may exist at once. As long as the logits of a chunk exist, their gradients cost two matrix
-    products, and nothing has to be kept or recomputed: the idea of Liger Kernel's fused linear cross entropy
-    (https://arxiv.org/abs/2410.10989), in plain torch.
+    hidden [tokens, width]; positions, each once, and targets int64 [labels]; weight [vocabulary, width]; bias
+    [vocabulary] or None; elements: how many logits may exist at once.
+
+    As long as the logits of a chunk exist, their gradients cost two matrix products, and nothing has to be kept or
+    recomputed: the idea of Liger Kernel's fused linear cross entropy (https://arxiv.org/abs/2410.10989).
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, elements):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, positions, weight, bias, targets, elements):
+        need_hidden, _, need_weight, need_bias = ctx.needs_input_grad[:4]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
         # A sum over all chunks, so in float32 even if FSDP has gathered the weight in 16 bit.
@@ -108,21 +106,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if need_bias else None
         dtype = F.linear(hidden[:1], weight[:1]).dtype  # that of autocast
         product_weight = weight.to(dtype)
-        rows = max(1, min(len(hidden), elements // len(weight)))
+        rows = max(1, min(len(positions), elements // len(weight)))
         # Two buffers, which all chunks use one after the other.
         products = torch.empty((rows, len(weight)), dtype=dtype, device=hidden.device)
         float32_logits = products
         if dtype != torch.float32:
             float32_logits = torch.empty(products.shape, dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), rows):
-            chunk = hidden[start : start + rows].to(dtype)
+        for start in range(0, len(positions), rows):
+            position = positions[start : start + rows]
             target = targets[start : start + rows]
+            chunk = hidden[position].to(dtype)
             product = torch.mm(chunk, product_weight.t(), out=products[: len(chunk)])
             logits = product if dtype == torch.float32 else float32_logits[: len(chunk)].copy_(product)
             if bias is not None:
                 logits += bias
-            positions = torch.arange(len(target), device=target.device)
-            target_logits = logits[positions, target]
+            row = torch.arange(len(target), device=target.device)
+            target_logits = logits[row, target]
             largest = logits.amax(dim=1)
             probabilities = torch.softmax(logits, dim=1, out=logits)
             # The sum of all exp(logit) is exp(largest) / its probability, whose logarithm always exists.
@@ -130,12 +129,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if not (need_hidden or need_weight or need_bias):
                 continue
             # d loss / d logits = softmax - one-hot, which replaces the logits in their buffer.
-            probabilities[positions, target] -= 1
+            probabilities[row, target] -= 1
             if need_bias:
                 grad_bias += probabilities.sum(0)
             grad_logits = probabilities if dtype == torch.float32 else product.copy_(probabilities)
             if need_hidden:
-                grad_hidden[start : start + rows] = grad_logits @ product_weight
+                grad_hidden[position] = (grad_logits @ product_weight).to(hidden.dtype)
             if need_weight and dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.t(), chunk)
             elif need_weight:
@@ -145,8 +144,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        grads = [None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors]
-        return (*grads, None, None)
+        hidden, weight, bias = [None if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors]
+        return hidden, None, weight, bias, None, None
 
 
 def has_plain_head(model: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from common.batches import IGNORE_INDEX, Batches
+from common.batches import IGNORE_INDEX, Batches, MicroBatch
 from common.device import Device
 from common.trainer import train
 from model import loss as loss_file
@@ -204,6 +204,22 @@ def test_an_evaluation_makes_no_gradients(build, monkeypatch):
     assert torch.equal(module(*batch), without) and made
 
 
+@pytest.mark.skipif(not hasattr(torch, "compiler"), reason="torch before 2.1")
+def test_no_operation_of_a_micro_batch_waits_for_a_value():
+    """A fake tensor has no values: an operation that asks for one, and would make a GPU wait, raises."""
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+    (batch,) = micro_batches(a_split(), list(range(12)), 10_000)
+    with FakeTensorMode() as fake:
+        module = CausalLMLoss(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)))
+        module.own_head = False  # asked once in a training
+        batch = MicroBatch(*(part if part is None else fake.from_tensor(part) for part in batch))
+        module(*batch).backward()
+        assert all(weight.grad is not None for weight in module.parameters())
+        with pytest.raises(DynamicOutputShapeException):
+            batch.labels[batch.labels != IGNORE_INDEX]
+
+
 def test_bfloat16_products_come_close(build):
     model, split = build("llama3").eval(), a_split()
     expected, _ = one_padded_batch(model, split, False)
@@ -257,8 +273,9 @@ def test_micro_batches_hold_every_row_once_within_the_limit_and_with_little_padd
 def test_packed_micro_batches_hold_every_row_once_within_the_limit_and_without_padding():
     split = a_split(seed=3, rows=500)
     found, tokens = [], int(row_lengths(split).sum())
-    for ids, labels, _, cu_seq_lens in micro_batches(split, list(range(500)), 512, packed=True):
+    for ids, labels, _, cu_seq_lens, positions in micro_batches(split, list(range(500)), 512, packed=True):
         assert ids.shape == labels.shape == (1, cu_seq_lens[-1]) and ids.numel() <= 512
+        assert torch.equal(positions + 1, (labels[0] != IGNORE_INDEX).nonzero()[:, 0])
         lengths = cu_seq_lens.diff().tolist()
         found += zip(ids[0].split(lengths), labels[0].split(lengths))
     assert sum(len(ids) for ids, _ in found) == tokens
