@@ -7,6 +7,7 @@ A page says by a marker what stands there, up to the next `<!-- /plan -->`:
 
     <!-- plan: memory llama2 -->           the table of one model's memory; of all models without a name
     <!-- plan: disk -->                    the table of the disk of all models
+    <!-- plan: scale llama3_70b -->        the table of one model on several nodes: memory, what moves, seconds
     <!-- plan: llama2 full peak -->        one figure: a part of PARTS by a method of METHODS. `full 8`: on 8 GPUs
 
 On one GPU, micro-batches of 4096 tokens; SmolLM2 on a CPU, micro-batches of 1024 tokens. tests/test_pages.py compares.
@@ -18,15 +19,15 @@ import re
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import List, Tuple
+from typing import Dict, List, Tuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch
 
-from model.memory_plan import MemoryPlan, TrainingSetup, predict
-from model.tutorials import TUTORIALS, shape_of
+from model.memory_plan import USABLE_FRACTION, MemoryPlan, TrainingSetup, predict
+from model.tutorials import TUTORIALS, Machine, least_memory, shape_of
 
 KINDS = {tutorial.kind: tutorial for tutorial in TUTORIALS}
 METHODS = {"full": "전체 파라미터", "lora": "LoRA", "lora_4bit": "QLoRA"}
@@ -41,6 +42,13 @@ PARTS = {
     "result": lambda off, on: off.result,
     "checkpoint": lambda off, on: off.checkpoint,
 }
+
+# Of `plan: scale`. The rates are the highest that the hardware can reach; that of the disk is assumed.
+STEP_TOKENS = 512 * 1024  # --batch-size and --block-size of train_llama3_70b.py
+NVLINK = 450e9  # bytes a second that an H100 receives; it sends as many
+NETWORK = 100e9 / 8  # bytes a second that a node receives, by one link of 100 Gb/s
+PRODUCTS = 989e12  # operations a second of an H100, in bf16
+DISK = 2e9  # bytes a second that a node writes
 
 
 @lru_cache(maxsize=None)
@@ -104,6 +112,52 @@ def disk_of_all() -> str:
     return table(head, rows)
 
 
+def scale(kind: str) -> str:
+    columns = {gpus: on_nodes(kind, gpus) for gpus in (8, 16, 32)}
+    rows = [[name, *(column[name] for column in columns.values())] for name in columns[8]]
+    return table(["GB, 초", *(f"노드 {gpus // 8}개, GPU {gpus}장" for gpus in columns)], rows)
+
+
+def on_nodes(kind: str, gpus: int) -> Dict[str, str]:
+    """A column of `scale`, by its rows: on nodes of 8 GPUs, with gradient checkpointing."""
+    weights = shape_of(KINDS[kind]).num_parameters
+    full = plans(kind, "full", gpus)[1]
+    # The plan of LoRA on several GPUs differs from that on one by the gathered weights alone.
+    gathered = plans(kind, "lora", gpus)[1].workspace - plans(kind, "lora")[1].workspace
+    parts = (full.activations + full.logits, gathered, full.workspace - gathered + full.program)
+    cells = {
+        "전체 파라미터: 가중치 / gradient / AdamW": " / ".join(map(gb, (full.weights, full.gradients, full.optimizer))),
+        "전체 파라미터: activation, logits / 모은 가중치 / 그 밖": " / ".join(map(gb, parts)),
+    }
+    for method, name in METHODS.items():
+        planned = plans(kind, method, gpus)[1]
+        least = least_memory(KINDS[kind], method, Machine("CUDA", 80e9, torch.bfloat16, gpus))
+        cells[f"{name}: 최대"] = f"{gb(planned.peak)} ({'가능' if least <= USABLE_FRACTION * 80e9 else '부족'})"
+        size = received(method, gpus, STEP_TOKENS / planned.setup.tokens / gpus, weights, planned.gradients / 4)
+        times = [seconds(size / NVLINK), seconds(size / NETWORK) if gpus > 8 else "-"]
+        cells[f"{name}: 한 step에 받는 양 / NVLink / 100 Gb/s"] = " / ".join([gb(size), *times])
+    # 2 operations a weight and token in the forward pass, 2 when a layer is computed again, 4 in the backward pass.
+    cells["전체 파라미터: 한 step의 계산"] = seconds(8 * weights * STEP_TOKENS / (PRODUCTS * gpus))
+    cells[f"전체 파라미터: 체크포인트 {gb(full.checkpoint)} GB 쓰기"] = seconds(full.checkpoint / (DISK * gpus / 8))
+    return cells
+
+
+def seconds(time: float) -> str:
+    return f"{gb(1e9 * time)}초" if time >= 0.01 else "0.01초 미만"
+
+
+def received(method: str, gpus: int, micro_batches: float, weights: float, adapter: float) -> float:
+    """Bytes that each GPU receives from the others in a step. weights, adapter: numbers of parameters.
+
+    In each micro-batch FSDP2 (model/fsdp.py) gathers all weights in 16 bit, for the forward and again for the backward
+    pass, and adds their gradients up in float32; those of an adapter are added up once a step. In a ring of n GPUs each
+    receives (n - 1) / n of that, and twice where each needs the whole sum (NVIDIA/nccl-tests, doc/PERFORMANCE.md).
+    """
+    in_micro_batch = {"full": 2 + 2 + 4, "lora": 2 + 2, "lora_4bit": 0}[method] * weights
+    in_step = 0 if method == "full" else 2 * 4 * adapter
+    return (gpus - 1) / gpus * (micro_batches * in_micro_batch + in_step)
+
+
 def printed(words: str) -> str:
     """What stands behind a marker with these words."""
     what, *rest = words.split()
@@ -111,6 +165,8 @@ def printed(words: str) -> str:
         return f"\n\n{disk_of_all()}\n"
     if what == "memory":
         return f"\n\n{memory(*rest) if rest else memory_of_all()}\n"
+    if what == "scale":
+        return f"\n\n{scale(*rest)}\n"
     method, part = rest[0], rest[-1]
     gpus = int(rest[1]) if len(rest) == 3 else 1
     return f"{gb(PARTS[part](*plans(what, method, gpus)))} GB"

@@ -150,9 +150,22 @@ def test_each_place_of_a_figure_is_found():
         assert text.count("<!-- plan: ") == text.count("<!-- /plan -->") == len(plan_tables.MARKED.findall(text)), page
     text = "".join(page.read_text(encoding="utf-8") for page in plan_tables.pages())
     kinds = [kind for kind in plan_tables.KINDS if f"tutorial/{kind.replace('_70b', '')}.md" in PAGES]
-    tables = {f"memory {kind}" for kind in kinds} | {"memory", "disk"}
+    tables = {f"memory {kind}" for kind in kinds} | {"memory", "disk", "scale llama3_70b"}
     assert len(kinds) >= 8
     assert tables <= {words for _, words, _, _ in plan_tables.MARKED.findall(text)}
+
+
+def test_the_table_of_several_nodes():
+    """Its parts add up to the peak; what moves and the seconds are those of a calculation by hand."""
+    cells = {name: re.findall(r"[\d.,]+", cell) for name, cell in plan_tables.on_nodes("llama3_70b", 16).items()}
+    numbers = {name: [float(number.replace(",", "")) for number in cell] for name, cell in cells.items()}
+    weights, others = list(numbers.values())[:2]
+    assert sum(weights + others) == pytest.approx(numbers["전체 파라미터: 최대"][0], abs=0.5)
+    moves = 70.55e9 * (2 + 2 + 4) * 8 * 15 / 16  # 8 micro-batches on 16 GPUs
+    expected = [moves / 1e9, moves / 450e9, moves / 12.5e9]
+    assert numbers["전체 파라미터: 한 step에 받는 양 / NVLink / 100 Gb/s"] == pytest.approx(expected, rel=0.01)
+    assert numbers["QLoRA: 한 step에 받는 양 / NVLink / 100 Gb/s"][0] == pytest.approx(2 * 0.828 * 15 / 16, rel=0.05)
+    assert plan_tables.on_nodes("llama3_70b", 8)["전체 파라미터: 최대"].endswith("(부족)")
 
 
 def test_a_wrong_figure_is_found(monkeypatch, tmp_path):

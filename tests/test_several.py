@@ -16,6 +16,7 @@ import torch.distributed.fsdp
 import transformers
 
 from common.support.model_dir import ModelSource
+from tests import plan_tables
 from tests.conftest import ROOT, TIMEOUT, environment, lay_out
 from tests.helpers import adapter_weights, contents, error_of, quantizes, records
 
@@ -269,6 +270,29 @@ def test_the_first_one_alone_prints(several):
     ]
     errors = [line for line in errors if line.strip() and "torch/distributed/run.py" not in line]
     assert not [line for line in errors if "Writing model shards" not in line and "Loading weights" not in line], errors
+
+
+# ------------------------------------------------------------------------------------------------ what goes over wires
+
+
+WIRES = {"full": "--gradient-checkpointing on", "lora": f"{LORA} --gradient-checkpointing on"}
+if quantizes():
+    WIRES["lora_4bit"] = f"{LORA} --load-in-4bit"
+
+
+@needs_fsdp2
+@pytest.mark.slow
+@pytest.mark.parametrize("method", WIRES)
+def test_what_moves_is_what_the_page_computes(method, work):
+    """The bytes that a process receives in a step: the formula of the table in tutorial/multi_gpu.md."""
+    words = f"tutorial/train_llama3.py {WORDS} --block-size 128 --max-train-steps 3 {WIRES[method]}"
+    done = torchrun(2, ROOT / "tests" / "received.py", *words.split(), cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counted = json.loads((work / "received.json").read_text())
+    assert len(counted["steps"]) == 3
+    for received, micro_batches in counted["steps"]:
+        expected = plan_tables.received(method, 2, micro_batches, counted["weights"], counted["adapter"])
+        assert micro_batches > 1 and received == pytest.approx(expected, rel=0.01)
 
 
 # ------------------------------------------------------------------------------------------------ what goes wrong
