@@ -18,7 +18,7 @@ from common.support.cli import inference_arguments
 from common.support.exit import run
 from dataset.templates import short_alpaca
 
-SENTENCE = "3번 출구에서 오후 2시 30분에 만나요."
+SENTENCE = "3번 출구에서 오후 4시에 만나요."
 TRAIN = "Run python tutorial/train_smollm2.py first, or give a directory with --model-name-or-path."
 
 
