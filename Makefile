@@ -6,7 +6,7 @@
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack record bench bench-step bench-threads bench-answers bench-memory export-check
+.PHONY: demo test test-slow test-stack record bench bench-step bench-threads bench-answers bench-memory gpu-check export-check
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -75,6 +75,14 @@ export-check: .venv-export/made smollm2_demo/model.safetensors
 # the memory of each of four processes under torchrun, and of one alone: some minutes, 10 GB of memory and of disk
 bench-memory: .venv/test
 	OMP_NUM_THREADS=1 $(PY) tests/benchmarks/sharded_memory.py
+
+# speed and memory on a GPU, in ten minutes; on a CPU it only tests itself. Options by BENCH="--minutes 5 --only resume"
+gpu-check: .venv/gpu
+	$(PY) tests/gpu_check.py $(BENCH)
+
+.venv/gpu: .venv/qwen3
+	$(PY) -m pip install --quiet -r requirements/requirements_4bit.txt -r requirements/requirements_gpt.txt -c requirements/constraints.txt
+	touch $@
 
 # the interpreter of the set, pyenv's where the name alone is none
 STACK ?= torch2.1
