@@ -173,6 +173,7 @@ def reset_peak(device: torch.device) -> None:
     """Start measuring the peak again, where the system can: reading a model's files is not part of the training."""
     gc.collect()
     if device.type == "cuda" and not hasattr(torch, "moreh"):
+        torch.cuda.empty_cache()  # the peak is of reserved memory, of which loading has left some unused
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError, AttributeError, TypeError), open("/proc/self/clear_refs", "w") as file:
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory

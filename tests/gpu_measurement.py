@@ -261,7 +261,6 @@ def measure_training(measurement: Measurement, shape: Shape, small: bool) -> dic
     if measurement.change == "all logits":
         model.own_head = True  # the model's own forward, which computes all of them
     optimizer = make_optimizer(model, args, device)
-    device.release_memory()  # what it took to make the weights is no part of the training
     summary = trainer.train(model, optimizer, dataset, args, plan, device)
 
     peak = memory_used(device.torch_device)[1]

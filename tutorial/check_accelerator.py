@@ -157,20 +157,21 @@ def platform_of(device) -> str:
 
 
 def rate_of(device) -> Optional[float]:
-    """Operations a second of matrix products, the best of some seconds' tenths; None on MoAI, which compiles first."""
+    """Operations a second of a matrix product, the best of four; None on MoAI, which compiles first."""
     import torch
 
     if device.static_shapes:
         return None
     best = 0.0
     with contextlib.suppress(RuntimeError, AssertionError):  # a driver that does not work
-        one = torch.ones((2048, 2048), dtype=device.dtype, device=device.torch_device)
+        size = 8192 if device.torch_device.type == "cuda" else 2048  # a GPU takes longer to begin a small one
+        one = torch.ones((size, size), dtype=device.dtype, device=device.torch_device)
         for _ in range(4):
             device.synchronize()
             begin = perf_counter()
             one @ one
             device.synchronize()
-            best = max(best, 2 * 2048**3 / (perf_counter() - begin))
+            best = max(best, 2 * size**3 / (perf_counter() - begin))
     return best or None
 
 
