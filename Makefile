@@ -90,7 +90,7 @@ STACK_PYTHON = $(if $(filter torch1.13,$(STACK)),python3.8,python3.10)
 test-stack: .venv-$(STACK)/made .venv/test
 	$(PY) tests/opened_by_older.py write .venv-$(STACK)/results
 	.venv-$(STACK)/bin/python tests/opened_by_older.py read .venv-$(STACK)/results
-	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_pages.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
+	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_pages.py --ignore tests/test_notebook.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
 
 .venv-%/made: $(wildcard requirements/*.txt)
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep "^$(patsubst python%,%,$(STACK_PYTHON))\." | tail -1) $(STACK_PYTHON) -m venv .venv-$*

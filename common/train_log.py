@@ -54,7 +54,12 @@ class TrainLog:
         self.file.writelines(json.dumps(record) + "\n" for record in records)
         # Because of `delay` the bar appears with the first step or line, below what is printed before.
         self.bar = tqdm(
-            total=total_steps, initial=step, unit="step", dynamic_ncols=True, delay=1e-9, disable=not is_main_process()
+            total=total_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=has_window(),
+            delay=1e-9,
+            disable=not is_main_process(),
         )
 
     def __enter__(self) -> TrainLog:
@@ -212,6 +217,12 @@ def _commit() -> Optional[str]:
     return done.stdout.strip() or None
 
 
+def has_window() -> bool:
+    """Whether a progress bar follows the width of the window. In a notebook, `!` is a terminal without a size, and
+    TQDM_NCOLS is the width."""
+    return "TQDM_NCOLS" not in os.environ
+
+
 def with_progress(parts: Iterable, count_rows: Callable, name: str, total: Optional[int], done: int = 0) -> Iterator:
     """Yield the parts, with a progress bar in rows, or a line every 30 seconds where there is no terminal.
 
@@ -221,7 +232,8 @@ def with_progress(parts: Iterable, count_rows: Callable, name: str, total: Optio
     start = monotonic()
     last_line = start
     rows = done
-    with tqdm(total=total, initial=done, desc=name, unit="row", disable=not terminal, dynamic_ncols=True) as bar:
+    bar = tqdm(total=total, initial=done, desc=name, unit="row", disable=not terminal, dynamic_ncols=has_window())
+    with bar:
         for part in parts:
             yield part
             rows += count_rows(part)

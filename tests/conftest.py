@@ -252,6 +252,20 @@ def stand_ins(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def stand_in(warm, tmp_path_factory):
+    """A function: the files of the stand-in that a script of ours downloads with --tiny."""
+    place, known = tmp_path_factory.mktemp("stand-ins"), {}
+
+    def files(script):
+        if script.name not in known:
+            warm(f"python {script} --tiny", "--save-dir", place / script.stem, cwd=place)
+            known[script.name] = {file.name: file.read_bytes() for file in (place / script.stem).iterdir()}
+        return known[script.name]
+
+    return files
+
+
+@pytest.fixture(scope="session")
 def tokenizers(stand_ins):
     """{kind: tokenizer} of the same."""
     from common.tokenization import load_tokenizer

@@ -18,6 +18,7 @@ before the fence, where GitHub doesn't show it):
     <!-- typed: a | b -->            bash: its script runs in a terminal, where a reader types a, b and an empty line
     <!-- from: tutorial/x.py -->     python: quoted code; it must stand in that file (`...`: lines left out)
     <!-- file: my_data.jsonl -->     any language: a file of the reader's
+    <!-- cell: train -->             bash, python, file: a cell of the notebooks, too (tests/notebook.py)
 
 Links must lead somewhere, and what a page writes must be ignored by git. Whatever else stands in a fence is a mistake,
 named with page and line.
@@ -236,7 +237,7 @@ class Shell:
                 return self.git_clone(words[1:], cwd)
             return {"words": [shutil.which(name, path=self.others), *words]}
         if name.startswith("pip"):
-            return self.pip(words, cwd)
+            return self.pip(words, cwd, env)
         if name.startswith("python"):
             return self.run_python(words, cwd, env)
         if name == "torchrun":
@@ -298,7 +299,7 @@ class Shell:
 
     def run_python(self, words: List[str], cwd: Path, env: Dict[str, str]) -> dict:
         if words[:2] == ["-m", "pip"]:
-            return self.pip(words[2:], cwd)
+            return self.pip(words[2:], cwd, env)
         if words[:2] == ["-m", "venv"]:
             return self.venv(words[2:], cwd)
         if not words or not words[0].endswith(".py"):
@@ -349,9 +350,11 @@ class Shell:
             words = [*words, "--token", TOKEN]  # what the reader types
         return {"words": [str(path), *words]}
 
-    def pip(self, words: List[str], cwd: Path) -> dict:
+    def pip(self, words: List[str], cwd: Path, env: Dict[str, str]) -> dict:
         if words[:1] != ["install"]:
             return {"words": [sys.executable, "-m", "pip", *words]}
+        if "PIP_CONSTRAINT" in env:
+            requirements(cwd / env["PIP_CONSTRAINT"])
         wanted: List[Requirement] = []
         words, index = words[1:], None
         while words:
@@ -416,7 +419,7 @@ def requirements(path: Path) -> List[Requirement]:
 
 FENCE = re.compile(r"( *)(`{3,}|~{3,})\s*([^`\s]*)[^`]*")
 COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
-MARKER = re.compile(r"(not run|recorded|Ctrl-C|typed|from|file): (\S.*)")
+MARKER = re.compile(r"(not run|recorded|Ctrl-C|typed|from|file|cell): (\S.*)")
 
 
 class Block(NamedTuple):

@@ -18,13 +18,15 @@ from tests.conftest import TIMEOUT
 PROMPT = b"\n> "
 
 
-def run(arguments: List[str], typed: Sequence[bytes], cwd: Path, env: Dict[str, str]) -> Tuple[int, str]:
+def run(
+    arguments: List[str], typed: Sequence[bytes], cwd: Path, env: Dict[str, str], size: Tuple[int, int] = (40, 100)
+) -> Tuple[int, str]:
     """(exit status, what the terminal shows) of a command to which these are typed, each when it asks by PROMPT.
 
-    The status is -9 where it has not ended in time, or has ended before all was typed.
+    size: lines, and letters in one. The status is -9 where it has not ended in time, or has ended before all was typed.
     """
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))  # 40 lines of 100 letters
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
     process = subprocess.Popen(arguments, cwd=cwd, env=env, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     shown, left, deadline = b"", list(typed), time.time() + TIMEOUT

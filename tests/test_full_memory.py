@@ -30,6 +30,11 @@ elif place == "training":
 elif place == "onednn":
     MESSAGE = "could not create a primitive"
     torch.Tensor.backward = full
+elif place == "merging":
+    sys.path.insert(0, ".")
+    import common.device
+
+    common.device.total_memory = lambda _: 100_000
 else:
     transformers.GenerationMixin.generate = full
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -72,6 +77,16 @@ def test_a_model_that_does_not_fit_is_named(command, full):
     line, named = full("loading", command)
     assert re.search(r"the model \./llama3-8b does not fit into the device's \d+\.\d GB\. ", line)
     assert "--load-in-4bit" in named
+
+
+def test_a_merge_that_does_not_fit_is_refused_before_it_loads_the_model(ready, warm):
+    """The 12.7 GB of a free notebook would not do for Llama 3.1, and the system would end the notebook."""
+    (ready / "with.py").write_text(WITH)
+    warm(f"{TRAIN} --use-lora --max-train-steps 1 --save-dir adapter", cwd=ready)
+    words = "tutorial/merge_adapter.py --model-name-or-path adapter --save-dir merged"
+    line = error_of(warm(f"python with.py merging {words}", cwd=ready, ok=None))
+    assert re.search(r"Merging takes \d\.\d GB of main memory, and this machine has \d\.\d GB\. ", line)
+    assert not (ready / "merged").exists()
 
 
 def test_in_an_answer(full):

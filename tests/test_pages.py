@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -50,20 +51,6 @@ DATASETS = {
 }
 
 
-@pytest.fixture(scope="session")
-def stand_in(warm, tmp_path_factory):
-    """A function: the files of the stand-in that a script of ours downloads with --tiny."""
-    place, known = tmp_path_factory.mktemp("stand-ins"), {}
-
-    def files(script):
-        if script.name not in known:
-            warm(f"python {script} --tiny", "--save-dir", place / script.stem, cwd=place)
-            known[script.name] = {file.name: file.read_bytes() for file in (place / script.stem).iterdir()}
-        return known[script.name]
-
-    return files
-
-
 def models_of(text, stand_in):
     """({name of a model that a page downloads: files}, {name of a gated one of them: token}).
 
@@ -83,6 +70,19 @@ def models_of(text, stand_in):
     return repos, gated
 
 
+@contextmanager
+def what_it_downloads(text, warm, hub, stand_in):
+    """Inside, the hub has the data, and stand-ins for the models that a page downloads."""
+    models, hub.gated = models_of(text, stand_in)
+    hub.repos = {"models": models, "datasets": DATASETS}
+    hub.accounts, hub.tokens = {TOKEN: "reader"}, {TOKEN}
+    shutil.rmtree(warm.hf_home, ignore_errors=True)  # what the page before it downloaded
+    try:
+        yield
+    finally:
+        hub.repos = {"models": {}, "datasets": {}}
+
+
 SHORT = ("README.md",)  # the others take a minute or two each
 
 
@@ -91,15 +91,9 @@ SHORT = ("README.md",)  # the others take a minute or two each
 )
 def test_page(page, tmp_path, warm, warm_hub, stand_in):
     text = (ROOT / page).read_text(encoding="utf-8")
-    models, warm_hub.gated = models_of(text, stand_in)
-    warm_hub.repos = {"models": models, "datasets": DATASETS}
-    warm_hub.accounts, warm_hub.tokens = {TOKEN: "reader"}, {TOKEN}
-    shutil.rmtree(warm.hf_home, ignore_errors=True)  # what the page before it downloaded
-    try:
-        with Shell(tmp_path, warm, warm_hub.url, warm.hf_home, prepared(text)) as shell:
-            found = mistakes(text, ROOT / page, shell)
-    finally:
-        warm_hub.repos = {"models": {}, "datasets": {}}
+    downloads = what_it_downloads(text, warm, warm_hub, stand_in)
+    with downloads, Shell(tmp_path, warm, warm_hub.url, warm.hf_home, prepared(text)) as shell:
+        found = mistakes(text, ROOT / page, shell)
     if found:
         pytest.fail("\n".join(found), pytrace=False)
 

@@ -35,7 +35,7 @@ def main():
     # Imported here, so that --help and a mistyped option are answered at once.
     import torch
 
-    from common.device import free_memory
+    from common.device import free_memory, total_memory
     from common.tokenization import load_tokenizer
     from model.load import load_model
     from model.lora import merge
@@ -43,10 +43,19 @@ def main():
     from model.weight_format import detect_format
 
     tokenizer = load_tokenizer(adapter)
+    stored = ModelSource(base).bytes_of_weights
+    bits = detect_format(base).bits
+    cpu = torch.device("cpu")
+    needed = stored * 16 // min(16, bits)
+    if needed > total_memory(cpu):  # The system would kill the process, or all of a notebook's runtime.
+        raise UserError(
+            f"Merging takes {needed / 1e9:.1f} GB of main memory, and this machine has {total_memory(cpu) / 1e9:.1f} "
+            "GB. Use a larger one, or use the adapter without merging it."
+        )
     # In float32, if it fits: then the weights are rounded once, at the end.
-    size = ModelSource(base).bytes_of_weights * 32 // detect_format(base).bits
+    size = stored * 32 // bits
     dtype = torch.float32 if 1.2 * size < free_memory() else None
-    model = load_model(adapter, torch.device("cpu"), dtype, bits=0, options=())
+    model = load_model(adapter, cpu, dtype, bits=0, options=())
 
     model = merge(model)  # W + alpha / r * B A, layer by layer
     run = {**source.run, "made_of": base_models(base, merged=adapter)}
