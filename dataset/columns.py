@@ -102,6 +102,12 @@ def asked_columns(template: Callable, row: dict) -> Dict[str, bool]:
     return recorder.asked
 
 
+def question_row(template: Callable, text: str) -> Dict[str, str]:
+    """A row that asks `text`, which stands in the first column that the template asks for; all others are empty."""
+    names = list(asked_columns(template, {}))
+    return {**dict.fromkeys(names, ""), names[0]: text}
+
+
 def unused_columns(template: Callable, row: dict) -> List[str]:
     """The columns that hold something for which the template does not ask."""
     asked = asked_columns(template, row)

@@ -17,18 +17,30 @@ import hashlib
 import json
 import os
 import sys
+from argparse import Namespace
+from contextlib import suppress
+from os.path import commonprefix
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Optional, Tuple
 
-from common.chat_template import ChatTemplate, Conversation, encode_question, has_content
+from common.chat_template import ChatTemplate, Conversation, encode_question, get_chat_template, has_content
+from common.dataset_file import held_out_prompts, load_dataset
 from common.support.exit import UserError
 from common.support.files import Lock, atomic_write, require_writable, weights_fingerprint
 from common.support.model_dir import ModelSource, positions_and_embeddings, read_json
 from common.tokenization import Example, encode_prompt, max_prompt_tokens
-from dataset.columns import apply_template, clean_cell, join_names, rename_columns, require_asked
+from dataset.columns import (
+    apply_template,
+    clean_cell,
+    join_names,
+    question_row,
+    rename_columns,
+    require_asked,
+    to_text,
+)
 from dataset.messages import parse_arguments, read_messages, read_tools
 from dataset.sources import Row, read_rows
-from dataset.templates import MESSAGE_COLUMNS, chat
+from dataset.templates import MESSAGE_COLUMNS, chat, template_of
 
 # No other option changes an answer.
 SAME_OPTIONS = ("max_new_tokens", "temperature", "seed", "bits", "system")
@@ -130,6 +142,61 @@ def _conversation(row: Row, question: dict, template: Callable) -> Conversation:
     except UserError as error:
         raise UserError(f"{row.place}: {error}") from None
     return Conversation(messages, tools)
+
+
+class Asker:
+    """Asks a trained model as the inference script of its tutorial does. UserError if its template is not known.
+
+    `ends`: the ids of the tokens at which answers end, apart from those of tokenizer and model.
+    """
+
+    def __init__(self, model_dir: str, tokenizer):
+        self.model_dir = model_dir
+        self.tokenizer = tokenizer
+        self.template = template_of(model_dir)
+        self.chat_template = get_chat_template(tokenizer) if self.template is chat else None
+        self.ends = [self.chat_template.end_of_turn()] if self.chat_template else []
+
+    def encode(self, messages: List[dict], max_new_tokens: int) -> List[int]:
+        """The token ids of the prompt: of all messages in a chat, else of the last one, which is the question."""
+        messages = [{**message, "content": to_text(message["content"])} for message in messages]
+        if not has_content(messages[-1]):
+            raise UserError("The question is empty.")
+        if self.chat_template:
+            positions, _ = positions_and_embeddings(self.model_dir)
+            return encode_question(self.chat_template, messages, None, max_prompt_tokens(positions, max_new_tokens))
+        args = Namespace(model_name_or_path=self.model_dir, max_new_tokens=max_new_tokens, save_path=None)
+        question = question_row(self.template, messages[-1]["content"])
+        [ids] = load_questions(args, self.template, question).encode(self.tokenizer, args)
+        return ids
+
+    def examples(self, path: str, max_new_tokens: int, rows: int = 64) -> Tuple[bool, List[Tuple[str, str]]]:
+        """Whether the held-out rows of a dataset file are new to the model; and (question, the data's answer) of those
+        of the first ones that one text asks. What is wrong with the file is printed, and then there are none.
+
+        Left out are those that need more than one text: a chat with earlier turns, in most templates an `input`.
+        """
+
+        def encode(text: str) -> List[int]:
+            return self.encode([{"role": "user", "content": text}], max_new_tokens)
+
+        try:
+            dataset = load_dataset(path, self.tokenizer)
+            held_out = held_out_prompts(dataset, path, self.tokenizer, rows)
+        except UserError as error:
+            print(f"No examples: {error}")
+            return False, []
+        one, other = (self.tokenizer.decode(encode(letter)) for letter in "ab")
+        before = commonprefix([one, other])
+        after = one[len(before) + 1 :]
+        examples = []
+        for ids, answer in held_out:
+            prompt = self.tokenizer.decode(ids)
+            text = prompt[len(before) : len(prompt) - len(after)]
+            with suppress(UserError):  # of more turns: there are control tokens between them
+                if encode(text) == ids:
+                    examples.append((text, answer))
+        return ModelSource(self.model_dir).has_not_seen(dataset["meta"]), examples
 
 
 class AnswersFile:

@@ -17,6 +17,8 @@ from importlib.metadata import version
 from typing import Callable
 
 from common.chat_template import Conversation
+from common.support.exit import UserError
+from common.support.model_dir import ModelSource
 from common.tokenization import Example
 from dataset.columns import to_text
 from dataset.messages import read_history
@@ -103,6 +105,19 @@ def chat(row: dict) -> Conversation:
     turns = [*read_history(row.get("history")), (question, row["output"])]
     messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
     return Conversation(messages, row.get("tools"), row.get("system"))
+
+
+def template_of(model_dir: str) -> Callable:
+    """The template with which a model or an adapter was trained. UserError where nothing says so, or it is not here."""
+    name = ModelSource(model_dir).template
+    if name is None:
+        raise UserError(f"{model_dir} has no run.json that says which prompt template it was trained with.")
+    template = globals().get(name)
+    if getattr(template, "__module__", None) != __name__:
+        raise UserError(
+            f"{model_dir} was trained with the prompt template {name}. Add it to dataset/templates.py, which lacks it."
+        )
+    return template
 
 
 # Each turn is a row of the training, from bos to the end token, because the model has seen no other format. A system

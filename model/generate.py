@@ -1,12 +1,16 @@
-"""A model's answers, one printed token by token or many in batches, and its perplexity on held-out rows."""
+"""A model's answers, one as it is generated or many in batches, and its perplexity on held-out rows."""
 
 from __future__ import annotations
 
 import math
-from typing import Iterator, List, NamedTuple, Optional, Sequence
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence
 
 import torch
 from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from common.batches import Batches
@@ -54,31 +58,41 @@ class Part(NamedTuple):
     answers: List[Answer]
 
 
-class AnswerPrinter:
-    """Prints an answer while it is generated; `model.generate` calls it a streamer.
+class AnswerStreamer(BaseStreamer):
+    """Hands on each new piece of an answer's text while it is generated.
 
     All tokens are decoded each time: a SentencePiece tokenizer drops a space at the beginning of what it decodes.
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, write: Callable[[str], None]):
         self.tokenizer = tokenizer
+        self.write = write
         self.ids: Optional[List[int]] = None
-        self.printed = ""
+        self.written = ""
 
     def put(self, ids: torch.Tensor) -> None:
-        """Takes the prompt first, which is not printed, then one token at a time."""
+        """Called by transformers, first with the prompt, which is left out, and then with one token at a time."""
         if self.ids is None:
             self.ids = []
             return
         self.ids += ids.tolist()
         text = decode(self.tokenizer, self.ids)
-        if text.startswith(self.printed):
-            print(text[len(self.printed) :], end="", flush=True)
-            self.printed = text
+        if text.startswith(self.written):
+            self.write(text[len(self.written) :])
+            self.written = text
 
     def end(self) -> None:
-        """The answer is complete."""
-        print()
+        """Called by transformers after the last token."""
+
+
+class StopWhenSet(StoppingCriteria):
+    """Ends all answers of a batch at their next token, once `event` is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 def prompt_room(model, max_new_tokens: int) -> int:
@@ -95,10 +109,11 @@ def generate_answers(
     ends: Sequence[int] = (),
     temperature: float = 0.0,
     streamer: Optional[BaseStreamer] = None,
+    stop: Optional[threading.Event] = None,
 ) -> List[Answer]:
     """The answers to `prompts` (token ids each), all in one batch: greedy if `temperature` is 0, else sampled.
 
-    An answer stops at one of the token ids `ends`, and at the end tokens of tokenizer and model.
+    An answer stops at one of the token ids `ends`, at the end tokens of tokenizer and model, and when `stop` is set.
     """
     ends = stop_token_ids({"end_tokens": ends}, tokenizer, model)
     longest = max(map(len, prompts))
@@ -113,8 +128,9 @@ def generate_answers(
         eos_token_id=ends,
         pad_token_id=tokenizer.eos_token_id,
         do_sample=temperature > 0,
-        temperature=temperature or 1.0,
+        temperature=float(temperature) or 1.0,  # transformers refuses 1, an int
         streamer=streamer,
+        stopping_criteria=StoppingCriteriaList([StopWhenSet(stop)] if stop else []),
     )
     answers = []
     for answer in output[:, longest:].tolist():
@@ -135,12 +151,40 @@ def stream_answer(
     """Print the answer to `prompt` token by token, below the prompt if it is shown; return the answer."""
     if show_prompt:
         print(decode(tokenizer, prompt), flush=True)
-    streamer = AnswerPrinter(tokenizer)
+    streamer = AnswerStreamer(tokenizer, lambda text: print(text, end="", flush=True))
     with explain_out_of_memory("the answer", model.device, MEMORY_SAVING[1:]):
         [answer] = generate_answers(model, tokenizer, [prompt], max_new_tokens, ends, temperature, streamer)
+    print()
     if not answer.ended:
         print(f"(stopped at --max-new-tokens {max_new_tokens})")
     return answer.text
+
+
+def iterate_answer(
+    model, tokenizer, prompt: List[int], max_new_tokens: int, temperature: float, ends: Sequence[int] = ()
+) -> Iterator[Answer]:
+    """The answer to `prompt` as far as it is generated, again and again; the last one is the complete answer.
+
+    A thread generates it. It stops at its next token when the iterator is closed.
+    """
+    pieces: SimpleQueue = SimpleQueue()
+    streamer = AnswerStreamer(tokenizer, pieces.put)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, "answer") as thread:
+        answering = thread.submit(
+            generate_answers, model, tokenizer, [prompt], max_new_tokens, ends, temperature, streamer, stop
+        )
+        answering.add_done_callback(lambda _: pieces.put(None))
+        text = ""
+        try:
+            for piece in iter(pieces.get, None):
+                text += piece
+                yield Answer(text, ended=False)
+        finally:
+            stop.set()
+    with explain_out_of_memory("the answer", model.device, MEMORY_SAVING[1:]):
+        [answer] = answering.result()
+    yield answer
 
 
 def generate_in_batches(

@@ -19,7 +19,7 @@ from common.support.exit import UserError
 from common.tokenization import Example, load_tokenizer
 from dataset.questions import load_questions
 from dataset.templates import alpaca, chat
-from model.generate import AnswerPrinter, answer_questions, decode, stream_answer
+from model.generate import AnswerStreamer, answer_questions, decode, stream_answer
 from model.load import load_model
 from tests.conftest import ROOT, TIMEOUT, lay_out, start
 from tests.helpers import KINDS, SCRIPTS, contents, tells
@@ -99,18 +99,19 @@ CODE = "def f(xs):\n    for n in xs:\n        if n != 1 :\n            print('ë·
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_answer_is_printed_letter_for_letter(kind, stand_ins, capsys):
+def test_an_answer_is_streamed_letter_for_letter(kind, stand_ins):
     """Wherever it is cut: spaces at the beginning of a line, before a mark, and no half letter."""
     tokenizer = load_tokenizer(str(stand_ins[kind]))
     tokenizer.clean_up_tokenization_spaces = True  # as Llama 3's own file has it
     ids = tokenizer.encode(CODE, add_special_tokens=False)
-    printer, printed = AnswerPrinter(tokenizer), ""
-    printer.put(torch.tensor([ids]))  # the prompt
+    pieces = []
+    streamer = AnswerStreamer(tokenizer, pieces.append)
+    streamer.put(torch.tensor([ids]))  # the prompt
     for number, token in enumerate(ids, 1):
-        printer.put(torch.tensor([token]))
-        printed += capsys.readouterr().out
-        assert CODE.startswith(printed) and printed == decode(tokenizer, ids[:number])
-    assert printed == CODE
+        streamer.put(torch.tensor([token]))
+        text = "".join(pieces)
+        assert CODE.startswith(text) and text == decode(tokenizer, ids[:number])
+    assert text == CODE
 
 
 def test_a_model_that_reads_padding_is_asked_one_at_a_time(ready, warm):

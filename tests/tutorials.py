@@ -297,6 +297,7 @@ OTHERS = {
         "rows": 3,
     },
     "tutorial/evaluate.py": {"model-name-or-path": "./smollm2_korean_numbers", "rows": 64, "max-new-tokens": 256},
+    "tutorial/web_demo.py": {"model-name-or-path": "./smollm2_korean_numbers"},
     "tutorial/check_accelerator.py": {},
 }
 DEFAULTS = all_defaults()

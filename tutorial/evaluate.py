@@ -37,10 +37,10 @@ from typing import Any, List, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # common/ and model/ are found from any directory
 
-from common.support.cli import Parser, add_bits, non_negative_int, positive_int
+from common.support.cli import Parser, add_bits, find_base_and_dataset, non_negative_int, positive_int
 from common.support.exit import UserError, run
 from common.support.files import atomic_write, require_writable
-from common.support.model_dir import ModelSource, require_model
+from common.support.model_dir import ModelSource
 
 # Of an answer to print; evaluation.json has all of it.
 MAX_LINES = 5
@@ -65,17 +65,8 @@ def arguments():
     add("--show", type=non_negative_int, default=4, help="rows whose answers are printed, half of them wrong ones")
     add_bits(parser, "load the models, or the adapter's base, in 4 bit")
     args = parser.parse_args()
+    find_base_and_dataset(args)
     model_dir = args.model_name_or_path
-    require_model(model_dir)
-    source = ModelSource(model_dir)
-    trained = source.run.get("options", {})
-    base = source.base if source.is_adapter else trained.get("model_name_or_path")
-    args.base_model_name_or_path = args.base_model_name_or_path or base
-    args.dataset_name_or_path = args.dataset_name_or_path or trained.get("dataset_name_or_path")
-    for option in ("--base-model-name-or-path", "--dataset-name-or-path"):
-        if not getattr(args, option[2:].replace("-", "_")):
-            raise UserError(f"{model_dir} has no run.json that tells how it was trained: give {option}.")
-    require_model(args.base_model_name_or_path, "give the model before the training with --base-model-name-or-path")
     args.save_dir = args.save_dir or (model_dir if Path(model_dir).is_dir() else ".")
     require_writable(args.save_dir, "--save-dir")
     return args
@@ -119,16 +110,11 @@ def load_rows(args, device) -> Rows:
     """The first held-out rows of the dataset file, which must fit both models."""
     from common.batches import Batches
     from common.dataset_file import held_out_prompts, load_dataset
-    from common.tokenization import fingerprint, load_tokenizer
+    from common.tokenization import load_tokenizer_of_both
 
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    tokenizer = load_tokenizer_of_both(args.model_name_or_path, args.base_model_name_or_path)
     dataset = load_dataset(args.dataset_name_or_path, tokenizer)
     meta = dataset["meta"]
-    if fingerprint(load_tokenizer(args.base_model_name_or_path)) != meta["tokenizer"]:
-        raise UserError(
-            f"{args.base_model_name_or_path} has another tokenizer than {args.model_name_or_path}: it can't have been "
-            "its base. Give the right one with --base-model-name-or-path."
-        )
     rows = held_out_prompts(dataset, args.dataset_name_or_path, tokenizer, args.rows)
     prompts = [prompt for prompt, _ in rows]
     static_length = meta["block_size"] if device.static_shapes else 0

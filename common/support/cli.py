@@ -371,3 +371,24 @@ def _text_of_file(path: str, parser: Parser) -> str:
     if not text or "\0" in text:
         parser.error(f"--prompt-file {path} can't be read or is empty: save it as UTF-8 text")
     return text
+
+
+# ------------------------------------------------------------------------------------------------ evaluate, web_demo
+
+
+def find_base_and_dataset(args: argparse.Namespace) -> None:
+    """Set base_model_name_or_path and dataset_name_or_path, where they are not given, to those of the model's run.json.
+
+    UserError where nothing says them, and unless both models are there.
+    """
+    model_dir = args.model_name_or_path
+    require_model(model_dir)
+    source = ModelSource(model_dir)
+    trained = source.run.get("options", {})
+    base = source.base if source.is_adapter else trained.get("model_name_or_path")
+    args.base_model_name_or_path = args.base_model_name_or_path or base
+    args.dataset_name_or_path = args.dataset_name_or_path or trained.get("dataset_name_or_path")
+    for option in ("--base-model-name-or-path", "--dataset-name-or-path"):
+        if not getattr(args, option[2:].replace("-", "_")):
+            raise UserError(f"{model_dir} has no run.json that tells how it was trained: give {option}.")
+    require_model(args.base_model_name_or_path, "give the model before the training with --base-model-name-or-path")

@@ -79,6 +79,14 @@ class ModelSource:
         bits = self.adapter_facts.get("base_bits")
         return None if bits is None else int(bits)
 
+    @property
+    def leaves_base_unchanged(self) -> bool:
+        """Whether its base model is as it was while the adapter is switched off. Not if biases were trained, and not
+        with PiSSA and others, which take a part of the base's weights away where the adapter starts."""
+        config = self.adapter_config
+        starts_apart = config.get("init_lora_weights", True) in (True, False, "gaussian")
+        return config.get("peft_type") == "LORA" and config.get("bias", "none") == "none" and starts_apart
+
     def has_not_seen(self, dataset_meta: dict) -> bool:
         """Whether the held-out rows of the dataset file with this meta are new to the model, because its training, and
         those of the models that it was made of, had this file and no other one."""
