@@ -21,7 +21,6 @@ from common.support.cli import Parser, add_bits, find_base_and_dataset
 from common.support.exit import UserError, run
 
 MAX_NEW_TOKENS = 256  # as in inference_*
-SHARED = "Warning: with --share, everybody who has the public address can use the model, by way of Gradio's servers."
 
 
 def main():
@@ -52,7 +51,7 @@ def main():
     asker = Asker(model_dir, load_tokenizer_of_both(model_dir, base))
     page, look = make_page(args, asker, load_pair(model_dir, base, device, args.bits))
     if args.share:
-        print(SHARED)
+        print("Warning: with --share, everybody who has the public address of gradio.live can use the model.")
     page.launch(server_name="127.0.0.1", share=args.share, quiet=True, prevent_thread_lock=True, **look)
     print(f"Open {page.local_url} in your browser. Ctrl-C ends it.")
     while True:
@@ -92,8 +91,8 @@ def make_page(args, asker, pair):
         question = gr.Textbox(label="질문", autofocus=True)
         reference = gr.Textbox(label="데이터의 정답", interactive=False, visible=bool(samples))
         with gr.Row():
-            kinds = {"질문하기": "primary", "중지": "secondary", "지우기": "secondary"}
-            start, stop, clear = (gr.Button(text, variant=kind, min_width=80) for text, kind in kinds.items())
+            start = gr.Button("질문하기", variant="primary", min_width=80)
+            stop, clear = gr.Button("중지", min_width=80), gr.Button("지우기", min_width=80)
         with gr.Row():
             style = {"lines": 6, "max_lines": 200, "interactive": False, "min_width": 280}
             base = gr.Textbox(label=f"학습 전: {args.base_model_name_or_path}", **style)
@@ -103,12 +102,13 @@ def make_page(args, asker, pair):
             temperature = gr.Slider(0, 2, 0, label="temperature (0: 확률이 가장 높은 토큰만)")
             seed = gr.Slider(0, 9999, 0, precision=0, label="seed")
             system = gr.Textbox(label="시스템 메시지", visible=bool(asker.chat_template))
-        private = {"api_visibility": "private", "show_progress": "hidden"}
-        at_once, queue = {"queue": False, **private}, {"concurrency_id": "models", "concurrency_limit": 1, **private}
+        always = {"api_visibility": "private", "show_progress": "hidden", "trigger_mode": "multiple"}
+        at_once, queue = {"queue": False, **always}, {"concurrency_id": "models", "concurrency_limit": 1, **always}
         options, fields = [dialogue, question, limit, temperature, seed, system], [question, reference, base, trained]
-        gr.on([question.submit, start.click], ask, options, [base, trained], **queue)
+        # Whatever is done ends the answer under way, and waits in the queue until it has ended.
+        asked = gr.on([question.submit, start.click], Dialogue.stop, dialogue, **at_once)
+        asked.then(ask, options, [base, trained], **queue)
         stop.click(Dialogue.stop, dialogue, **at_once)
-        # In the queue too, so that an answer has ended before its box is emptied.
         clear.click(Dialogue.stop, dialogue, **at_once).then(begin_again, dialogue, fields, **queue)
         example.click(Dialogue.stop, dialogue, **at_once).then(begin_again, [dialogue, example], fields, **queue)
         question.input(lambda: "", None, reference, **at_once)  # what is typed has no answer in the data
