@@ -222,5 +222,5 @@ class Gate:
             self.allowed.release()
 
     def wait(self, *_):
-        assert self.allowed.acquire(timeout=120), "no more tokens are allowed"
+        assert self.allowed.acquire(timeout=60), "no more tokens are allowed"
         self.calls += 1

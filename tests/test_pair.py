@@ -275,8 +275,10 @@ def test_in_a_chat_all_messages_are_asked(folder, warm, monkeypatch):
 # ------------------------------------------------------------------------------------------------ the page's own errors
 
 PAGE = "python tutorial/web_demo.py"
+needs_python = pytest.mark.skipif(sys.version_info < (3, 10), reason="of an older Python another line tells")
 
 
+@needs_python
 def test_a_model_that_is_not_there(folder, warm):
     done = warm(PAGE, cwd=folder, ok=None)
     tells(done, "The model directory ./smollm2_korean_numbers does not exist", "--model-name-or-path")
@@ -289,12 +291,13 @@ def test_a_python_that_is_too_old_for_gradio(ready, tmp_path):
 
 
 @pytest.mark.skipif(bool(find_spec("gradio")), reason="Gradio is installed here")
-@pytest.mark.skipif(sys.version_info < (3, 10), reason="of an older Python another line tells")
+@needs_python
 def test_without_gradio(at, warm):
     done = warm(f"{PAGE} --model-name-or-path ./full", cwd=at, ok=None)
     tells(done, "The page needs gradio 6.0", "not installed", "pip install -r requirements/requirements_web.txt")
 
 
+@needs_python
 def test_a_model_that_nothing_is_known_of(ready, warm):
     done = warm(f"{PAGE} --model-name-or-path ./llama3-8b", cwd=ready, ok=None)
     tells(done, "has no run.json that tells how it was trained: give --base-model-name-or-path")

@@ -120,7 +120,7 @@ class Page:
         self.base = self.tab.get_by_label("학습 전:")
         self.trained = self.tab.get_by_label("학습 후:")
         self.examples = self.tab.locator("button.gallery-item")
-        self.question.wait_for()
+        self.button("옵션").wait_for()  # the last one
 
     def button(self, name):
         return self.tab.get_by_role("button", name=name)
