@@ -18,8 +18,8 @@ class MicroBatch(NamedTuple):
     the loss shifts them by one position. attention_mask is int64 [rows, length] or None: with causal attention no token
     sees the padding to its right, and without a mask the fast attention kernels can be used. cu_seq_lens is int32
     [rows + 1] for packed rows, where each row begins and the last one ends; else None. positions is int64 [labels]: the
-    positions of the flattened input_ids that predict a token with a label. A GPU would have to wait until they are
-    counted. None if each batch must have the same shapes.
+    positions of the flattened input_ids that predict a token with a label; None if each batch must have the same
+    shapes. They are found here, because the training would have to wait until a GPU has counted them.
     """
 
     input_ids: torch.Tensor
@@ -29,7 +29,7 @@ class MicroBatch(NamedTuple):
     positions: Optional[torch.Tensor] = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same on `device`. A GPU does not finish its earlier work first."""
+        """The same on `device`, without waiting until a GPU has finished its earlier work."""
         return MicroBatch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
 
 
