@@ -44,7 +44,7 @@ from model.memory_plan import ModelShape, adapter_size, num_weights, plan_memory
 from model.tiny import write_tiny
 from model.weight_format import DTYPE
 from tests.gpu_check import MACHINE, MEASUREMENTS, Measurement, reason_in
-from tutorial.check_accelerator import installed_versions, platform_of
+from tutorial.check_accelerator import installed_versions, matrix_rate, platform_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,7 +118,7 @@ def measure_machine(measurement: Measurement, shape, small: bool) -> dict:
         "driver": driver_version() if is_gpu else None,
         "runtime": torch.version.cuda or torch.version.hip,
         "dtype": str(device.dtype).replace("torch.", ""),
-        "matrix_rate": matrix_rate(device, small or not is_gpu),
+        "matrix_rate": matrix_rate(device, 8192 if is_gpu and not small else 256, times=10),
         "versions": installed_versions(),
     }
 
@@ -132,22 +132,6 @@ def driver_version() -> str:
             if re.search(version, said):
                 return re.search(version, said)[1]
     return "not known"
-
-
-def matrix_rate(device: Device, small: bool) -> float:
-    """Operations a second of a large matrix product in the device's type, the best of ten."""
-    size = 256 if small else 8192
-    one = torch.randn((size, size), device=device.torch_device).to(device.dtype)
-    best = 0.0
-    for _ in range(10):
-        device.synchronize()
-        begin = time.perf_counter()
-        one @ one
-        device.synchronize()
-        best = max(best, 2 * size**3 / (time.perf_counter() - begin))
-    del one
-    device.release_memory()
-    return best
 
 
 # ------------------------------------------------------------------------------------------------ a model on the device
@@ -251,7 +235,8 @@ def measure_training(measurement: Measurement, shape: Shape, small: bool) -> dic
         device = device._replace(dtype=torch.float16)
     if measurement.change == "varlen attention":
         use_varlen_attention(device)
-    rate = matrix_rate(device, small)
+    rate = matrix_rate(device, 256 if small else 8192, times=10)
+    device.release_memory()
     idle = memory_used(device.torch_device)[0]
 
     load._load_base = random_base

@@ -199,6 +199,18 @@ def adapter_weights(directory):
     return load_file(directory / "adapter_model.safetensors")
 
 
+def save_pissa(base, directory):
+    """Save an adapter that takes weights of its base away, so that the base is another model while it is off."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(base, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 3
+    adapted.save_pretrained(directory)
+
+
 # ------------------------------------------------------------------------------------------------ answers under way
 
 

@@ -19,7 +19,7 @@ from model.load import load_model
 from model.tiny import write_tiny
 from tests import terminal
 from tests.conftest import environment
-from tests.helpers import answer_start, change_dataset, contents, no_rows, rows_of, split_of, tells
+from tests.helpers import answer_start, change_dataset, contents, no_rows, rows_of, save_pissa, split_of, tells
 from tests.test_training import CPU
 
 EVALUATE = "python tutorial/evaluate.py --rows 4 --batch-rows 3 --max-new-tokens 6"
@@ -379,7 +379,7 @@ def test_another_measure_and_other_rows(trained, warm):
 
 def test_an_adapter_that_changes_its_base(ready, warm):
     """PiSSA: without the adapter the model is not the base. What is right comes from plain transformers and peft."""
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(ready / "llama3-8b").float().eval()
@@ -392,12 +392,7 @@ def test_an_adapter_that_changes_its_base(ready, warm):
             logits = base(input_ids=ids[None]).logits[0, start - 1 : -1]
         loss += torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum").item()
         labels += len(ids) - start
-    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(base, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 3
-    adapted.save_pretrained(ready / "pissa")
+    save_pissa(base, ready / "pissa")
     load_tokenizer(str(ready / "llama3-8b")).save_pretrained(ready / "pissa")
     words = "--model-name-or-path ./pissa --dataset-name-or-path ./llama3_dataset.pt --max-new-tokens 6"
     pytest.importorskip("rouge_score")

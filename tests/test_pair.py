@@ -21,7 +21,7 @@ from model.load import load_model
 from model.pair import BASE, TRAINED, load_pair
 from model.tiny import write_tiny
 from tests.conftest import lay_out, run
-from tests.helpers import HAS_QWEN3, Gate, tells
+from tests.helpers import HAS_QWEN3, Gate, save_pissa, tells
 from tests.test_training import CPU
 
 TEXT = "비 오는 날에 할 수 있는 일은?"
@@ -95,17 +95,12 @@ def test_each_answers_as_it_does_alone(name, at):
 
 def test_an_adapter_that_takes_weights_of_its_base_away_is_no_base_when_it_is_off(at, tmp_path):
     """PiSSA: the base is then loaded by itself."""
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer("smollm2-135m")
     base = AutoModelForCausalLM.from_pretrained("smollm2-135m").float()
-    config = peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(base, config)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data *= 3
-    adapted.save_pretrained(tmp_path / "pissa")
+    save_pissa(base, tmp_path / "pissa")
     pair = load_pair(str(tmp_path / "pissa"), "smollm2-135m", CPU)
     prompt = tokenizer(TEXT)["input_ids"]
     assert pair.base is not pair.trained

@@ -158,21 +158,27 @@ def platform_of(device) -> str:
 
 def rate_of(device) -> Optional[float]:
     """Operations a second of a matrix product, the best of four; None on MoAI, which compiles first."""
-    import torch
-
     if device.static_shapes:
         return None
-    best = 0.0
+    size = 8192 if device.torch_device.type == "cuda" else 2048  # a GPU takes longer to begin a small one
     with contextlib.suppress(RuntimeError, AssertionError):  # a driver that does not work
-        size = 8192 if device.torch_device.type == "cuda" else 2048  # a GPU takes longer to begin a small one
-        one = torch.ones((size, size), dtype=device.dtype, device=device.torch_device)
-        for _ in range(4):
-            device.synchronize()
-            begin = perf_counter()
-            one @ one
-            device.synchronize()
-            best = max(best, 2 * size**3 / (perf_counter() - begin))
-    return best or None
+        return matrix_rate(device, size, times=4)
+    return None
+
+
+def matrix_rate(device, size: int, times: int) -> float:
+    """Operations a second of a product of two matrices [size, size] in the device's type, the best of some `times`."""
+    import torch
+
+    one = torch.randn((size, size), device=device.torch_device).to(device.dtype)
+    best = 0.0
+    for _ in range(times):
+        device.synchronize()
+        begin = perf_counter()
+        one @ one
+        device.synchronize()
+        best = max(best, 2 * size**3 / (perf_counter() - begin))
+    return best
 
 
 def show(found: dict) -> None:
